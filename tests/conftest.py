@@ -1,0 +1,58 @@
+"""What several test files need: random models of any shape, the embedded ones, and the program as a subprocess."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MODELS = os.path.join(ROOT, "models")
+sys.path.insert(0, ROOT)
+
+from gpt2 import Model  # noqa: E402
+from utils import expected_shapes, load_encoder_hparams_and_params, nest_params  # noqa: E402
+
+
+def random_variables(hparams, seed=0):
+    """Weights by checkpoint name, large enough that every layer matters and the logits differ clearly."""
+    rng = np.random.default_rng(seed)
+    variables = {}
+    for name, shape in expected_shapes(hparams):
+        scale = 0.3 if name.endswith(("/w", "/b", "/g")) else 0.5
+        array = rng.normal(scale=scale / (shape[-2] ** 0.5 / 4 if name.endswith("/w") else 1), size=shape)
+        variables[f"model/{name}"] = np.float32(array + name.endswith("/g"))
+    return variables
+
+
+def random_model(n_vocab=61, n_ctx=24, n_embd=24, n_head=3, n_layer=3, seed=0):
+    hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
+    return Model(hparams, nest_params(random_variables(hparams, seed), hparams, "random"))
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(encoder, Model) of the embedded target."""
+    encoder, hparams, params = load_encoder_hparams_and_params("tiny", MODELS)
+    return encoder, Model(hparams, params)
+
+
+@pytest.fixture(scope="session")
+def nano():
+    """(encoder, Model) of the embedded draft."""
+    encoder, hparams, params = load_encoder_hparams_and_params("nano", MODELS)
+    return encoder, Model(hparams, params)
+
+
+def run(*args, stdin="", env=None, cwd=ROOT):
+    """The finished process of `python args`, run from the project's folder, its output as text."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        timeout=120,
+    )

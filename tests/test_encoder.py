@@ -1,0 +1,196 @@
+import itertools
+import json
+import os
+import random
+import time
+
+import pytest
+from conftest import MODELS, ROOT
+
+from encoder import END_OF_TEXT, Encoder, get_encoder, read_merge_ranks, read_token_ids
+
+with open(os.path.join(ROOT, "tests", "goldens", "gpt2_tokens.json"), encoding="utf-8") as f:
+    GOLDENS = json.load(f)
+OPENAI_DIR = os.environ.get("GPT2_MODELS_DIR", MODELS)
+
+EVIL = [
+    "",
+    " ",
+    "\n\n \n",
+    "\t\tx",
+    "a" * 3000,
+    " " * 3000 + "x",
+    "I'm you're THEY'LL don't 'tis ''s",
+    "\x00\x01\x7f\x80\xa0\xad\u200b\ufeff",
+    "日本語のテキスト",
+    "🙂👍🏽👨‍👩‍👧‍👦",
+    "e\u0301 \u1e9b\u0323 ﷺ ﬁ İi",
+    "١٢٣ Ⅷ ½ ²",
+    "\u2028\u2029\x85\r\n\v\f",
+    "<|endoftext|>",
+    "<|endoftext|",
+    "x" + "\U0010ffff" + "\ud7ff",
+    "العربية עברית हिन्दी ไทย",
+    "{}[]()<>!@#$%^&*~`|\\/?.,;:'\"-_=+",
+]
+
+
+@pytest.fixture(scope="session")
+def openai_encoder():
+    if not os.path.exists(os.path.join(OPENAI_DIR, "124M", "vocab.bpe")):
+        pytest.skip(f"OpenAI's vocabulary is not in {OPENAI_DIR}/124M; GPT2_MODELS_DIR says where it is")
+    return get_encoder("124M", OPENAI_DIR)
+
+
+@pytest.fixture(scope="session")
+def encoder():
+    return get_encoder("tiny", MODELS)
+
+
+@pytest.mark.parametrize("golden", GOLDENS, ids=lambda golden: repr(golden["text"][:20]))
+def test_ids_equal_openais(openai_encoder, golden):
+    assert openai_encoder.encode(golden["text"]) == golden["ids"]
+    assert openai_encoder.decode(golden["ids"]) == golden["text"]
+
+
+def slow_merge(encoder, word):
+    """OpenAI's own procedure: find the lowest pair, merge it everywhere, look again."""
+    parts = list(word)
+    while True:
+        ranked = [encoder.merge_ranks.get(pair) for pair in itertools.pairwise(parts)]
+        if not any(rank is not None for rank in ranked):
+            return [encoder.token_ids[part] for part in parts]
+        lowest = min(rank for rank in ranked if rank is not None)
+        merged, i = [], 0
+        while i < len(parts):
+            pair = tuple(parts[i : i + 2])
+            width = 2 if encoder.merge_ranks.get(pair) == lowest else 1
+            merged.append("".join(parts[i : i + width]))
+            i += width
+        parts = merged
+
+
+def test_merging_equals_openais_procedure(encoder):
+    rng = random.Random(0)
+    for _ in range(300):
+        alphabet = rng.choice(["ab", "aeiou", "the ", "etaoinshrdlu", "Aa1", "thou"])
+        word = "".join(rng.choices(alphabet.strip(), k=rng.randrange(1, 60)))
+        assert list(encoder._merge_word(word)) == slow_merge(encoder, word)
+
+
+def test_merges_out_of_order_follow_openais_procedure():
+    """A vocabulary no training makes: the merge of a product stands before the merge that makes it."""
+    letters = {chr(c): c for c in range(ord("a"), ord("d"))}
+    ranks = {("ab", "c"): 0, ("a", "b"): 1, ("b", "c"): 2, ("abc", "abc"): 3, ("c", "abc"): 4}
+    pieces = {left + right for left, right in ranks}
+    ids = letters | {piece: 1000 + i for i, piece in enumerate(sorted(pieces))}
+    encoder = Encoder(ids, ranks)
+    rng = random.Random(1)
+    for _ in range(200):
+        word = "".join(rng.choices("abc", k=rng.randrange(1, 20)))
+        assert list(encoder._merge_word(word)) == slow_merge(encoder, word)
+
+
+@pytest.mark.parametrize("text", EVIL, ids=lambda text: ascii(text[:20]))
+def test_any_text_survives(encoder, text):
+    ids = encoder.encode(text)
+    assert encoder.decode(ids) == text
+    assert "".join(encoder.decode_stream(ids)) == text
+    assert encoder.eot_id not in ids
+
+
+def test_lone_surrogates_become_replacement_characters(encoder):
+    assert encoder.decode(encoder.encode("a\ud800b\udc80")) == "a\ufffdb\ufffd"
+    assert encoder.encode("\ud83d\ude42") == encoder.encode("🙂")
+
+
+def test_end_of_text_is_special_only_on_request(encoder):
+    text = f"One{END_OF_TEXT}{END_OF_TEXT} two"
+    assert encoder.eot_id not in encoder.encode(text)
+    ids = encoder.encode(text, allow_special=True)
+    assert ids == [*encoder.encode("One"), encoder.eot_id, encoder.eot_id, *encoder.encode(" two")]
+    assert encoder.decode(ids) == text
+
+
+def test_streamed_text_never_holds_half_a_character(encoder):
+    ids = encoder.encode("a🙂b日")
+    pieces = list(encoder.decode_stream(ids))
+    assert "".join(pieces) == "a🙂b日" and not any("\ufffd" in piece for piece in pieces)
+    assert len(ids) > 4  # the characters did span tokens
+    assert "".join(encoder.decode_stream(ids[:2])) == "a\ufffd"  # an end within one is shown
+
+
+def test_decode_never_raises_on_broken_utf8(encoder):
+    rng = random.Random(2)
+    for _ in range(200):
+        assert isinstance(encoder.decode(rng.choices(range(encoder.n_vocab), k=20)), str)
+
+
+@pytest.mark.parametrize("bad", [-1, 2048, 10**12])
+def test_decode_names_an_id_outside_the_vocabulary(encoder, bad):
+    with pytest.raises(ValueError, match=f"token id {bad} is not in this vocabulary of 2048"):
+        encoder.decode([1, bad])
+
+
+@pytest.mark.parametrize("text", ["a" * 10**6, " " * 10**6 + "x", "🙂" * 250_000], ids=["letter", "spaces", "emoji"])
+def test_a_megabyte_of_one_thing_is_not_quadratic(encoder, text):
+    started = time.perf_counter()
+    ids = encoder.encode(text)
+    # 0.3 to 1.2 s were measured; a quadratic merge would take hours.
+    assert time.perf_counter() - started < 60
+    assert encoder.decode(ids) == text
+
+
+GOOD_IDS = os.path.join(MODELS, "tiny", "encoder.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a JSON object"),
+        (b"\xff\xfe{}", "expected a JSON object"),
+        (b"[" * 100_000, "expected a JSON object"),
+        (b"[1, 2]", "strings to whole numbers"),
+        (b'{"a": 1.5}', "strings to whole numbers"),
+        (b'{"a": true}', "strings to whole numbers"),
+        (b"{}", "strings to whole numbers"),
+        (b'{"a": 1, "b": 1}', "distinct ids"),
+        (b'{"a": -1}', "distinct ids"),
+        (b'{"a": 1}', "a token for each of the 256 bytes"),
+    ],
+    ids=lambda value: repr(value[:12]),
+)
+def test_a_damaged_encoder_json_is_named(tmp_path, content, message):
+    path = tmp_path / "encoder.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as e:
+        read_token_ids(str(path))
+    assert str(path) in str(e.value)
+
+
+def test_a_token_outside_the_byte_alphabet_is_named(tmp_path):
+    token_ids = read_token_ids(GOOD_IDS) | {"two words": 5000}
+    path = tmp_path / "encoder.json"
+    path.write_text(json.dumps(token_ids))
+    with pytest.raises(ValueError, match="byte alphabet"):
+        read_token_ids(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected '#version' in line 1"),
+        (b"<html>", "expected '#version' in line 1"),
+        (b"#version: 0.2\n\xff", "expected UTF-8"),
+        (b"#version: 0.2\na\n", "line 2: expected two pieces"),
+        (b"#version: 0.2\nt h\nt h e\n", "line 3: expected two pieces"),
+        (b"#version: 0.2\nqq zz\n", "line 2: expected two pieces"),
+        (b"#version: 0.2\nt h\n\nt h\n", "line 3: expected two pieces"),
+    ],
+)
+def test_a_damaged_vocab_bpe_is_named(tmp_path, content, message):
+    path = tmp_path / "vocab.bpe"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as e:
+        read_merge_ranks(str(path), read_token_ids(GOOD_IDS))
+    assert str(path) in str(e.value)
