@@ -1,0 +1,91 @@
+"""A command line around a function: fire reads the flags, and every mistake is one line on stderr.
+
+What fire alone would do otherwise: text that looks like Python would become numbers and lists, a flag without
+a value would swallow the prompt, and a misspelt flag would be noticed after the work is done.
+"""
+
+import contextlib
+import functools
+import inspect
+import io
+import os
+import sys
+from collections.abc import Callable
+
+# The statuses that shells give to programs ended by these signals: 128 + 2 and 128 + 13.
+INTERRUPTED, BROKEN_PIPE = 130, 141
+
+
+def typed(text: str) -> str:
+    """A value as the user typed it, where fire would make a number, a list or None of it."""
+    return text
+
+
+def join_values(argv: list[str], parameters: dict[str, inspect.Parameter]) -> list[str]:
+    """`--name value` as `--name=value`, `--name` of a yes-or-no flag as `--name=True`, `-- text` as the first argument.
+
+    So no value is taken for a flag, whatever it begins with, and no flag swallows the prompt.
+    """
+    joined, rest = [], iter(argv)
+    for arg in rest:
+        name = arg.removeprefix("--").replace("-", "_")
+        if arg == "--":
+            joined += [f"--{next(iter(parameters))}={text}" for text in rest]
+        elif not arg.startswith("--") or name not in parameters:
+            joined.append(arg)
+        elif isinstance(parameters[name].default, bool):
+            joined.append(f"{arg}=True")
+        else:
+            value = next(rest, None)
+            if value is None:
+                fail(f"{arg} needs a value; --help lists the flags", status=2)
+            joined.append(f"{arg}={value}")
+    return joined
+
+
+def parse_arguments(command: Callable, argv: list[str]) -> dict:
+    """The arguments of `command` in `argv`. SystemExit: they do not fit."""
+    import fire
+
+    parameters = dict(inspect.signature(command).parameters)
+    texts = [name for name, p in parameters.items() if p.annotation in (str, str | None)]
+    bound: dict = {}
+
+    @functools.wraps(command)
+    def bind(*args, **kwargs):
+        bound.update(inspect.signature(command).bind(*args, **kwargs).arguments)
+
+    # fire ends a call's arguments at a separator, "-" unless told; no argument can hold a NUL.
+    argv = [*join_values(argv, parameters), "--", "--separator=\0"]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # fire's own message is a page
+            fire.Fire(fire.decorators.SetParseFns(**dict.fromkeys(texts, typed))(bind), command=argv)
+    except fire.core.FireExit as e:
+        problem = e.trace.elements[-1].ErrorAsStr()
+        fail(f"{problem}; --help lists the flags, and -- stands before text that begins with a dash", status=2)
+    return bound
+
+
+def fail(message: str, status: int = 1):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def run(command: Callable) -> None:
+    """Call `command` with the arguments of this process; exit with the conventional status when it cannot go on."""
+    try:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(inspect.getdoc(command))
+        else:
+            command(**parse_arguments(command, sys.argv[1:]))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # Python flushes stdout once more on the way out, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
+    except (ValueError, ConnectionError) as e:
+        fail(str(e))
+    except OSError as e:
+        fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
