@@ -15,30 +15,35 @@ from itertools import takewhile
 import numpy as np
 
 import cli
+from matmul import choose_products, matmul, matmul_heads
 from sampling import Sampler, greedy
 from utils import load_encoder_hparams_and_params
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
 MASKED = -1e10  # added to the score of a key that may not be seen; -inf would give NaN where every key is masked
 N_QUERIES = 128  # attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
+N_GELU = 1 << 14  # numbers at once, so that the passes over them stay within the cache
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The layers
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def gelu(x):  # [..., n] -> [..., n]
-    # The tanh form of Hendrycks & Gimpel 2016, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in place where it can.
+def gelu(x):  # [..., n] -> [..., n], in place
+    # The tanh form of Hendrycks & Gimpel 2016: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
     scale = math.sqrt(2 / math.pi)
-    t = x * x
-    t *= scale * 0.044715
-    t += scale
-    t *= x
-    np.tanh(t, out=t)
-    t += 1
-    t *= x
-    t *= 0.5
-    return t
+    flat = x.reshape(-1)
+    for start in range(0, flat.size, N_GELU):
+        part = flat[start : start + N_GELU]
+        t = part * part
+        t *= scale * 0.044715
+        t += scale
+        t *= part
+        np.tanh(t, out=t)
+        t += 1
+        part *= 0.5
+        part *= t
+    return x
 
 
 def softmax(x):  # [..., n] -> [..., n], in place
@@ -57,56 +62,53 @@ def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
     return x
 
 
-def matmul(x, w):  # [..., n_in] -> [..., n_out]
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)  # all rows in one product
-
-
 def linear(x, w, b):  # [..., n_in] -> [..., n_out]
     y = matmul(x, w)
     y += b
     return y
 
 
-def attend(q, k, v):  # [..., n_new, d_head], [..., n_seq, d_head] twice -> [..., n_new, d_head]
-    """Scaled dot-product attention of the last n_new positions, each seeing itself and what is before it."""
-    n_new, d_head = q.shape[-2:]
-    n_past = k.shape[-2] - n_new
-    q = q * d_head**-0.5
+def attend(q, k, v):  # [..., n_rows, d_head], [..., n_seq, d_head] twice -> [..., n_rows, d_head]
+    """Scaled dot-product attention of the last n_rows positions, each seeing itself and what is before it."""
+    n_rows, d_head = q.shape[-2:]
+    n_past = k.shape[-2] - n_rows
     out = np.empty_like(q)
-    for start in range(0, n_new, N_QUERIES):
-        stop = min(start + N_QUERIES, n_new)
+    for start in range(0, n_rows, N_QUERIES):
+        stop = min(start + N_QUERIES, n_rows)
         seen = slice(0, n_past + stop)  # the keys after these are masked for every query of the block
-        scores = q[..., start:stop, :] @ k[..., seen, :].swapaxes(-1, -2)
+        scores = matmul_heads(q[..., start:stop, :] * d_head**-0.5, k[..., seen, :].swapaxes(-1, -2))
         if stop - start > 1:
             scores[..., n_past + start :] += np.triu(np.full((stop - start,) * 2, MASKED, np.float32), 1)
-        np.matmul(softmax(scores), v[..., seen, :], out=out[..., start:stop, :])
+        out[..., start:stop, :] = matmul_heads(softmax(scores), v[..., seen, :])
     return out
 
 
-def attention(x, remember, n_head, c_attn, c_proj):  # [n_batch, n_new, n_embd] -> [n_batch, n_new, n_embd]
+def attention(x, remember, n_head, n_rows, c_attn, c_proj):  # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]
     n_batch, n_new, n_embd = x.shape
     qkv = linear(x, **c_attn).reshape(n_batch, n_new, 3, n_head, n_embd // n_head)
     q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each [n_batch, n_head, n_new, d_head]
-    heads = attend(q, *remember(k, v))
-    return linear(heads.swapaxes(1, 2).reshape(n_batch, n_new, n_embd), **c_proj)
+    heads = attend(q[:, :, -n_rows:], *remember(k, v))
+    return linear(heads.swapaxes(1, 2).reshape(n_batch, n_rows, n_embd), **c_proj)
 
 
 def feed_forward(x, c_fc, c_proj):  # [..., n_embd] -> [..., n_embd]
     return linear(gelu(linear(x, **c_fc)), **c_proj)
 
 
-def transformer_block(x, remember, n_head, attn, ln_1, ln_2, mlp):  # [n_batch, n_new, n_embd] -> the same
-    x = x + attention(layer_norm(x, **ln_1), remember, n_head, **attn)
+def transformer_block(x, remember, n_head, n_rows, attn, ln_1, ln_2, mlp):
+    # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]: keys and values of all, the rest of the last rows only
+    x = x[:, -n_rows:] + attention(layer_norm(x, **ln_1), remember, n_head, n_rows, **attn)
     x += feed_forward(layer_norm(x, **ln_2), **mlp)
     return x
 
 
 def gpt2(tokens, cache, n_last, n_head, wte, wpe, blocks, ln_f):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
-    x = wte[tokens] + wpe[cache.length : cache.length + tokens.shape[1]]
+    n_new = tokens.shape[1]
+    x = wte[tokens] + wpe[cache.length : cache.length + n_new]
     for i, params in enumerate(blocks):
-        x = transformer_block(x, partial(cache.append, i), n_head, **params)
-    x = layer_norm(x[:, -n_last:], **ln_f)  # only these rows are read, and wte is a third of 124M
-    return matmul(x, wte.T)
+        n_rows = n_last if i == len(blocks) - 1 else n_new  # later blocks need every row, the output only the last
+        x = transformer_block(x, partial(cache.append, i), n_head, n_rows, **params)
+    return matmul(layer_norm(x, **ln_f), wte.T)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -154,6 +156,9 @@ class Model:
     def __init__(self, hparams: dict, params: dict):
         self.hparams = hparams
         self.params = params
+        attn, mlp = params["blocks"][0]["attn"], params["blocks"][0]["mlp"]
+        wte = params["wte"][: 1 << 14]  # a part of the vocabulary tells as much as all of it
+        self.sample = [attn["c_attn"]["w"], attn["c_proj"]["w"], mlp["c_fc"]["w"], mlp["c_proj"]["w"], wte.T]
 
     def new_cache(self, n_batch: int = 1) -> KVCache:
         return KVCache(self.hparams, n_batch)
@@ -178,6 +183,7 @@ class Model:
             raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {n_vocab - 1}")
         if cache.length + n_new > n_ctx:
             raise ValueError(f"{cache.length} tokens and {n_new} more exceed the context of {n_ctx}; feed fewer")
+        choose_products(n_batch * n_new, self.sample)
         logits = gpt2(tokens, cache, n_last, self.hparams["n_head"], **self.params)
         cache.advance(n_new)
         return logits

@@ -1,0 +1,257 @@
+"""x @ w at the speed of memory when x has few rows.
+
+One row streams the weights as fast as memory delivers them, and a thousand rows keep the arithmetic units busy: there
+`x @ w` is as good as it gets. Between them, for the 2 to 16 rows of a check of guesses or of a small batch, BLAS
+first copies ("packs") all of `w` into another layout, which costs more than the product.
+
+So the product is cut into slabs of `w`, as it lies in the checkpoint, that are small enough for BLAS to leave them
+where they are (or, where it has no kernel for small matrices, to pack them within the cache); each slab is read
+from memory once, in order, while all rows use it. The slabs are shared between threads of our own, because products
+this small stay outside BLAS's threads. Which way is used for a model and a number of rows is decided by timing the
+ways once. A whole step of 124M on two cores of a Xeon took, in ms (OpenBLAS 0.3.31, medians of one run):
+
+    rows                      1     2     4     5     8    16
+    AVX-512 kernels, x @ w   20    60    61    68    64    76
+    in slabs                       28    33    35    38    50
+    AVX2 kernels, x @ w      20    43    47    53    42    56
+    of padded rows                 43    43    42
+
+Tried and left out: one-row products over slabs in the cache (they read the L2 cache at 25 GB/s only), the transposed
+product (2.6 to 3 times one row), columns divided between the threads (1.15 times slabs of whole rows), threads bound
+to a core each (no faster, and a burden on other programs), and threads that spin rather than sleep (their fight for
+the interpreter's lock costs what they save).
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+from itertools import pairwise
+
+import numpy as np
+
+MAX_FEW_ROWS = 16
+MIN_SIZE = 1 << 19  # numbers in w; below, as in the embedded models, a hand-over to a thread costs more than it saves
+MAX_SLAB = 1 << 16  # numbers of w in a slab, 256 kB: the L2 cache holds a few
+MIN_DEPTH = 16  # rows of w in a slab; each slab adds a partial sum of all outputs
+# Multiply-adds of a product that OpenBLAS does not spread over its threads (interface/gemm.c, SMP_THRESHOLD_MIN *
+# GEMM_MULTITHREAD_THRESHOLD). On AVX-512 it has a kernel without packing for up to 10^6, unless w is transposed.
+SINGLE_THREAD = 1 << 18
+SLAB_LIMITS = (SINGLE_THREAD, 10**6 - 1)
+HEAD_START = 0.1  # of its share, which the calling thread does more: waking another takes 20 to 50 us
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Threads
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def n_threads() -> int:
+    """Physical cores this process may use, or fewer if OMP_NUM_THREADS or OPENBLAS_NUM_THREADS says so."""
+    cores = set()
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1):
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as f:
+                cores.add(f.read())
+        except OSError:  # no Linux, or a sandbox: count every processor
+            cores.add(cpu)
+    limits = (os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
+    return min([len(cores), *(int(limit) for limit in limits if limit.isdecimal() and int(limit) > 0)])
+
+
+class Team:
+    """Threads that share a product. They are daemons: they never outlive the program."""
+
+    def __init__(self, n_threads: int):
+        self.n_threads = n_threads
+        self.busy = threading.Lock()
+        self.helpers: list[Helper] = []
+
+    def run(self, work: Callable[[int, slice], None], shares: list[slice]) -> None:
+        """Call work(number, share) for all shares at once; one after another if the team is busy."""
+        if len(shares) == 1 or not self.busy.acquire(blocking=False):
+            for number, share in enumerate(shares):
+                work(number, share)
+            return
+        try:
+            while len(self.helpers) < len(shares) - 1:
+                self.helpers.append(Helper())
+            helpers = self.helpers[: len(shares) - 1]
+            for number, helper in enumerate(helpers, start=1):
+                helper.start(partial(work, number, shares[number]))
+            try:
+                work(0, shares[0])
+            finally:
+                errors = [helper.join() for helper in helpers]
+            for error in filter(None, errors):
+                raise error
+        finally:
+            self.busy.release()
+
+
+class Helper:
+    """One thread and the two locks through which it gets work; half as slow as a concurrent.futures executor."""
+
+    def __init__(self):
+        self.go, self.done = threading.Lock(), threading.Lock()
+        self.go.acquire()
+        self.done.acquire()
+        self.work: Callable[[], None] = lambda: None
+        self.error: BaseException | None = None
+        threading.Thread(target=self.loop, daemon=True).start()
+
+    def loop(self) -> None:
+        while True:
+            self.go.acquire()
+            try:
+                self.work()
+            except BaseException as e:  # raised again in the thread that gave the work
+                self.error = e
+            self.done.release()
+
+    def start(self, work: Callable[[], None]) -> None:
+        self.work, self.error = work, None
+        self.go.release()
+
+    def join(self) -> BaseException | None:
+        self.done.acquire()
+        return self.error
+
+
+team = Team(n_threads())
+
+
+def new_team() -> None:
+    global team
+    team = Team(team.n_threads)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=new_team)  # a child has none of its parent's threads
+
+
+def shares(n: int) -> list[slice]:
+    """range(n) in one slice for each thread; the caller's is larger, since the others have to wake first."""
+    n_others = team.n_threads - 1
+    first = n if n <= n_others else min(n, round(n * (1 + HEAD_START * n_others) / (n_others + 1)))
+    edges = [0, *(first + (n - first) * i // max(1, n_others) for i in range(n_others + 1))]
+    return [slice(start, stop) for start, stop in pairwise(edges) if start < stop]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Products
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def slab_shape(n_rows: int, n_in: int, n_out: int, limit: int) -> tuple[int, int]:
+    """(rows, columns) of the slabs of w[n_in, n_out]: divisors, as many whole rows as fit."""
+    size = min(MAX_SLAB, limit // n_rows)
+    n_columns = n_out
+    while n_columns * MIN_DEPTH > size and n_columns % 2 == 0:
+        n_columns //= 2
+    return max(d for d in range(1, n_in + 1) if n_in % d == 0 and (d == 1 or d * n_columns <= size)), n_columns
+
+
+def split_k(x, w, limit):  # [n_rows, n_in] @ [n_in, n_out] -> [n_rows, n_out], w in rows
+    """The sum of small products over slabs of consecutive rows of w."""
+    (n_rows, n_in), n_out = x.shape, w.shape[1]
+    depth, width = slab_shape(n_rows, n_in, n_out, limit)
+    n_deep, n_wide = n_in // depth, n_out // width
+    x_slabs = x.reshape(n_rows, n_deep, 1, depth).transpose(1, 2, 0, 3)  # [n_deep, 1, n_rows, depth]
+    w_slabs = w.reshape(n_deep, depth, n_wide, width).swapaxes(1, 2)  # [n_deep, n_wide, depth, width]
+    parts = shares(n_deep)
+    sums = np.empty((len(parts), n_wide, n_rows, width), np.float32)
+
+    def work(number, deep):
+        np.add.reduce(np.matmul(x_slabs[deep], w_slabs[deep]), axis=0, out=sums[number])
+
+    team.run(work, parts)
+    return np.add.reduce(sums, axis=0).swapaxes(0, 1).reshape(n_rows, n_out)
+
+
+def row_blocks(x, w):  # [n_rows, n_in] @ [n_out, n_in].T -> [n_rows, n_out], w in rows
+    """Small products with blocks of consecutive rows of w, each of which gives outputs of its own."""
+    (n_rows, n_in), n_out = x.shape, w.shape[0]
+    height = min(n_out, max(1, min(MAX_SLAB, SINGLE_THREAD // n_rows) // n_in))
+    n_whole = n_out // height * height
+    y = np.empty((n_rows, n_out), np.float32)
+    w_blocks = w[:n_whole].reshape(-1, height, n_in).swapaxes(1, 2)  # [n_blocks, n_in, height]
+    y_blocks = y[:, :n_whole].reshape(n_rows, -1, height).swapaxes(0, 1)  # [n_blocks, n_rows, height]
+
+    def work(number, blocks):
+        np.matmul(x, w_blocks[blocks], out=y_blocks[blocks])
+
+    team.run(work, shares(len(w_blocks)))
+    np.matmul(x, w[n_whole:].T, out=y[:, n_whole:])
+    return y
+
+
+def in_slabs(x, w, limit):  # [n_rows, n_in] @ [n_in, n_out] -> [n_rows, n_out]
+    return split_k(x, w, limit) if w.flags.c_contiguous else row_blocks(x, w.T)
+
+
+def plain(x, w):  # [n_rows, n_in] @ [n_in, n_out] -> [n_rows, n_out]
+    return x @ w
+
+
+def padded(x, w):  # [n_rows, n_in] @ [n_in, n_out] -> [n_rows, n_out]
+    """With rows of zeros up to a multiple of 8: the AVX2 kernels are faster with 8 rows than with 2 to 7."""
+    return (np.concatenate([x, np.zeros((-len(x) % 8, x.shape[1]), np.float32)]) @ w)[: len(x)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which product
+# ----------------------------------------------------------------------------------------------------------------------
+
+N_TIMINGS = 2
+MIN_GAIN = 0.05  # another way must be this much faster, so that noise never makes it slower than x @ w
+# For so long after a product BLAS's own threads go on spinning, and take the cores; and so long does the scheduler
+# take to give our threads a core each.
+SETTLE_S = 0.03
+WAYS = {f"slabs of {limit} multiply-adds": partial(in_slabs, limit=limit) for limit in SLAB_LIMITS}
+PLAIN, PADDED = "x @ w", "x @ w of padded rows"
+WAYS |= {PLAIN: plain, PADDED: padded}  # last, since their threads spin on
+fastest: dict[tuple[int, int], str] = {}  # (n_rows, n_embd) -> the name of a way
+
+
+def seconds(way: str, pairs: list) -> float:
+    started = time.perf_counter()
+    for x, w in pairs:
+        WAYS[way](x, w)
+    return time.perf_counter() - started
+
+
+def choose_products(n_rows: int, weights: list[np.ndarray]) -> None:
+    """Time the ways to multiply `n_rows` rows with these matrices of one model, once, and remember the fastest.
+
+    One way for all of them: BLAS's threads spin after each product, and would disturb ours in the next.
+    """
+    key = n_rows, min(weights[0].shape)
+    if not 1 < n_rows <= MAX_FEW_ROWS or key in fastest:
+        return
+    fastest[key] = PLAIN
+    if min(w.size for w in weights) < MIN_SIZE:
+        return
+    pairs = [(np.ones((n_rows, w.shape[0]), np.float32), w) for w in weights]
+    settled = time.perf_counter() + SETTLE_S
+    while time.perf_counter() < settled:
+        seconds(next(iter(WAYS)), pairs)
+    ways = [way for way in WAYS if n_rows % 8 or way != PADDED]
+    times = {way: min(seconds(way, pairs) for _ in range(N_TIMINGS)) for way in ways}
+    times[PLAIN] *= 1 - MIN_GAIN
+    fastest[key] = min(times, key=times.get)
+
+
+def matmul(x, w):  # [..., n_in] @ [n_in, n_out] -> [..., n_out]
+    """x @ w, all rows in one product; w as it lies in the checkpoint, or the transpose of such."""
+    rows = x.reshape(-1, x.shape[-1])
+    way = fastest.get((len(rows), min(w.shape)), PLAIN)
+    return WAYS[way](rows, w).reshape(*x.shape[:-1], w.shape[1])
+
+
+def matmul_heads(a, b):  # [..., n_rows, k] @ [..., k, n] -> [..., n_rows, n]
+    """A stack of products with few rows each, by rows: larger ones would go to BLAS's threads, one at a time."""
+    if not 1 < a.shape[-2] <= MAX_FEW_ROWS:
+        return a @ b
+    return (a[..., None, :] @ b[..., None, :, :])[..., 0, :]
