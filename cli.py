@@ -71,13 +71,30 @@ def fail(message: str, status: int = 1):
     raise SystemExit(status)
 
 
-def run(command: Callable) -> None:
-    """Call `command` with the arguments of this process; exit with the conventional status when it cannot go on."""
+def choose(commands: dict[str, Callable], argv: list[str]) -> tuple[Callable, list[str]]:
+    """The command that the first argument names, and the other arguments. SystemExit: there is none of that name."""
+    if argv and argv[0] in commands:
+        return commands[argv[0]], argv[1:]
+    if argv and argv[0] not in ("-h", "--help"):
+        fail(f"no command {argv[0]!r}, expected one of {', '.join(commands)}", status=2)
+    for name, command in commands.items():
+        print(f"{name:12} {(inspect.getdoc(command) or '').splitlines()[0]}")
+    raise SystemExit(0 if argv else 2)
+
+
+def run(command: Callable | dict[str, Callable]) -> None:
+    """Call `command`, or the one of several that the first argument names, with the arguments of this process.
+
+    Exits with the conventional status when it cannot go on.
+    """
+    argv = sys.argv[1:]
     try:
-        if {"-h", "--help"} & set(sys.argv[1:]):
+        if isinstance(command, dict):
+            command, argv = choose(command, argv)
+        if {"-h", "--help"} & set(argv):
             print(inspect.getdoc(command))
         else:
-            command(**parse_arguments(command, sys.argv[1:]))
+            command(**parse_arguments(command, argv))
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

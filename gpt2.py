@@ -15,7 +15,7 @@ from itertools import takewhile
 import numpy as np
 
 import cli
-from matmul import choose_products, matmul, matmul_heads
+from matmul import matmul, matmul_heads, products_for
 from sampling import Sampler, greedy
 from utils import load_encoder_hparams_and_params
 
@@ -183,8 +183,8 @@ class Model:
             raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {n_vocab - 1}")
         if cache.length + n_new > n_ctx:
             raise ValueError(f"{cache.length} tokens and {n_new} more exceed the context of {n_ctx}; feed fewer")
-        choose_products(n_batch * n_new, self.sample)
-        logits = gpt2(tokens, cache, n_last, self.hparams["n_head"], **self.params)
+        with products_for(n_batch * n_new, self.sample):
+            logits = gpt2(tokens, cache, n_last, self.hparams["n_head"], **self.params)
         cache.advance(n_new)
         return logits
 
@@ -267,12 +267,17 @@ def n_bytes(params) -> int:
 
 
 def peak_memory_gb() -> float | None:
+    """The most memory this process has held, mapped files included."""
+    try:
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 / 1e9 for line in f if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
     try:
         import resource  # not on Windows
     except ImportError:
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6 / 1.024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
 
 
 class Stopwatch:

@@ -1,0 +1,473 @@
+"""What the README claims about speed, measured: one subcommand a table, each as CSV and PNG in benchmarks/.
+
+    python benchmark.py rows --model_size random:124M
+    python benchmark.py all
+
+Ratios are of one run: what is compared is measured in turn, and medians are quoted with their spread (the quartiles).
+random:124M has random weights of the real shapes. Peers that happen to be installed get the same weights and tokens.
+"""
+
+import csv
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+import cli
+import gpt2
+import matmul
+from peers import PEERS, plain_forward
+from utils import expected_shapes, load_encoder_hparams_and_params, nest_params
+
+FOLDER = "benchmarks"
+SHAPES = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models, times, reports
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(model_size: str, models_dir: str = "models") -> gpt2.Model:
+    """A model by its name, or random:SIZE, random weights of the shapes of an OpenAI size."""
+    kind, _, size = model_size.partition(":")
+    if kind != "random":
+        _, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+        return gpt2.Model(hparams, params)
+    if size not in SHAPES:
+        raise ValueError(f"no shapes for {model_size!r}, expected random: and one of {', '.join(SHAPES)}")
+    n_embd, n_head, n_layer = SHAPES[size]
+    hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
+    rng = np.random.default_rng(0)
+    variables = {}
+    for name, shape in expected_shapes(hparams):
+        array = rng.standard_normal(shape, np.float32)
+        array *= np.float32(0.02)
+        variables[f"model/{name}"] = array + 1 if name.endswith("/g") else array
+    return gpt2.Model(hparams, nest_params(variables, hparams, model_size))
+
+
+def random_ids(model: gpt2.Model, n: int) -> list[int]:
+    return np.random.default_rng(1).integers(model.hparams["n_vocab"], size=n).tolist()
+
+
+def in_turn(actions: dict[str, Callable[[], object]], n_times: int) -> dict[str, np.ndarray]:
+    """Seconds of each action, all of them in turn n_times, after one turn that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for turn in range(n_times + 1):
+        for name, action in actions.items():
+            time.sleep(matmul.SETTLE_S if len(actions) > 1 else 0)  # or the threads of one disturb the next
+            action()  # brings its weights and threads back
+            started = time.perf_counter()
+            action()
+            if turn:
+                times[name].append(time.perf_counter() - started)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def milliseconds(times: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(times, [25, 50, 75]) * 1e3
+    return {"ms": round(median, 3), "ms_low": round(low, 3), "ms_high": round(high, 3)}
+
+
+def stream(model: gpt2.Model) -> Callable[[], None]:
+    """One-row `x @ w` with every matrix that a step reads: what streaming the weights takes at least."""
+    blocks = model.params["blocks"]
+    names = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))
+    weights = [block[part][name]["w"] for block in blocks for part, name in names] + [model.params["wte"].T]
+    pairs = [(np.ones((1, w.shape[0]), np.float32), w) for w in weights]
+
+    def run():
+        for x, w in pairs:
+            x @ w
+
+    return run
+
+
+def machine() -> dict[str, str]:
+    """The processor, the BLAS and its kernels, the versions, the date."""
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            processor = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), processor)
+    facts = {"processor": processor, "threads": str(matmul.n_threads())}
+    try:
+        import threadpoolctl  # says which kernels OpenBLAS took; nothing else here needs it
+
+        for blas in threadpoolctl.threadpool_info():
+            if blas["user_api"] == "blas" and "numpy" in blas["filepath"]:
+                facts["blas"] = f"{blas['internal_api']} {blas['version']}, {blas['num_threads']} threads"
+                facts["kernels"] = blas.get("architecture", "unknown")
+    except ImportError:
+        facts["blas"] = "unknown (pip install threadpoolctl)"
+    return facts | {"python": platform.python_version(), "numpy": np.__version__, "date": str(datetime.date.today())}
+
+
+def as_markdown(rows: list[dict]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(row.get(name, "")) for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def report(name: str, rows: list[dict], draw: Callable) -> None:
+    """Write FOLDER/name.csv, .png and .md, and print the table."""
+    import matplotlib  # only plots need it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    os.makedirs(FOLDER, exist_ok=True)
+    facts = machine()
+    with open(os.path.join(FOLDER, f"{name}.csv"), "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    draw(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.text(0, -0.04, "  ".join(facts.values()), fontsize=7, color="gray")
+    figure.savefig(os.path.join(FOLDER, f"{name}.png"), dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    text = f"### {name}\n\n{as_markdown(rows)}\n\n{', '.join(f'{k} {v}' for k, v in facts.items())}\n"
+    with open(os.path.join(FOLDER, f"{name}.md"), "w", encoding="utf-8") as f:
+        f.write(text)
+    print(text)
+
+
+def draw_bars(rows: list[dict], label: str, title: str, unit: str = "ms") -> Callable:
+    def draw(axes):
+        names, values = [str(row[label]) for row in rows], [row["ms"] for row in rows]
+        bars = axes.barh(names[::-1], values[::-1], color="#4878a8")
+        axes.bar_label(bars, fmt="%.4g", padding=3)
+        axes.set(xlabel=unit, title=title)
+
+    return draw
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beside the peers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def installed_peers(model: gpt2.Model) -> dict:
+    peers = {}
+    for peer in PEERS:
+        try:
+            peers[peer.name] = peer(model)
+        except ImportError as e:
+            print(f"{peer.name}: not installed ({e.name})", file=sys.stderr)
+    return peers
+
+
+def decode(model_size: str = "random:124M", models_dir: str = "models", *, n_times=15):
+    """One token at positions 10 and 900: this program, the stream of its weights, the peers."""
+    model = load_model(model_size, models_dir)
+    peers = installed_peers(model)
+    n_bytes = gpt2.n_bytes(model.params)
+    rows = []
+    for position in (10, model.hparams["n_ctx"] * 900 // 1024):
+        ids = random_ids(model, position + 1)
+        cache = model.new_cache()
+        model.forward([ids[:-1]], cache)
+        logits = {}
+
+        def step(ids=ids, cache=cache, logits=logits):
+            cache.length = len(ids) - 1
+            logits["this program"] = model.forward([ids[-1:]], cache)[0, -1]
+
+        actions = {"stream of the weights": stream(model), "this program": step}
+        for name, peer in peers.items():
+            peer.prefill(ids[:-1])
+            actions[name] = lambda name=name, peer=peer, ids=ids, logits=logits: logits.update({name: peer.step(ids)})
+        times = in_turn(actions, n_times)
+        base = np.median(times["stream of the weights"])
+        kv_bytes = 2 * position * model.hparams["n_embd"] * model.hparams["n_layer"] * 4
+        for name, values in times.items():
+            row = {"position": position, "program": name} | milliseconds(values)
+            row["gb_per_s"] = round((n_bytes + kv_bytes * (name == "this program")) / np.median(values) / 1e9, 1)
+            row["of_stream"] = round(row["gb_per_s"] * base / n_bytes * 1e9, 3)
+            if name in logits:
+                row["largest_difference"] = f"{np.abs(logits[name] - logits['this program']).max():.1e}"
+            rows.append(row)
+    first = [row for row in rows if row["position"] == 10]
+    report("decode", rows, draw_bars(first, "program", f"{model_size}: one token at position 10"))
+
+
+def prefill(model_size: str = "random:124M", models_dir: str = "models", *, n_tokens=1000, n_times=5):
+    """A prompt of n_tokens, logits of its last row: this program and the peers."""
+    model = load_model(model_size, models_dir)
+    ids = random_ids(model, min(n_tokens, model.hparams["n_ctx"]))
+    logits = {}
+    actions = {"this program": lambda: logits.update({"this program": model.forward([ids], model.new_cache())[0, -1]})}
+    for name, peer in installed_peers(model).items():
+        actions[name] = lambda name=name, peer=peer: logits.update({name: peer.prefill(ids)})
+    rows = []
+    for name, values in in_turn(actions, n_times).items():
+        row = {"tokens": len(ids), "program": name} | milliseconds(values)
+        row["times_this"] = 0.0
+        row["largest_difference"] = f"{np.abs(logits[name] - logits['this program']).max():.1e}"
+        rows.append(row)
+    for row in rows:
+        row["times_this"] = round(row["ms"] / rows[0]["ms"], 2)
+    report("prefill", rows, draw_bars(rows, "program", f"{model_size}: a prompt of {len(ids)} tokens"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# This program alone
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rows(model_size: str = "random:124M", models_dir: str = "models", *, n_times=9):
+    """A step of 1 to 16 rows, as the program does it and with plain products throughout."""
+    model = load_model(model_size, models_dir)
+    cache = model.new_cache()
+    model.forward([random_ids(model, 10)], cache)
+    counts = (1, 2, 4, 5, 8, 16)
+    key = min(model.sample[0].shape)
+
+    def step(n, plain):
+        def run():
+            chosen = matmul.fastest.get((n, key))
+            if plain and chosen:
+                matmul.fastest[n, key] = matmul.PLAIN
+            model.forward([random_ids(model, n)], cache, n_last=n)
+            cache.length = 10
+            if chosen:
+                matmul.fastest[n, key] = chosen
+
+        return run
+
+    for n in counts:
+        step(n, False)()
+    actions = {"stream": stream(model)} | {(n, plain): step(n, plain) for n in counts for plain in (False, True)}
+    times = in_turn(actions, n_times)
+    base = np.median(times[1, False])
+    table = []
+    for n in counts:
+        plain = np.median(times[n, True])
+        row = {"rows": n} | milliseconds(times[n, False]) | {"ratio": round(np.median(times[n, False]) / base, 2)}
+        row |= {"plain_ms": round(plain * 1e3, 3), "plain_ratio": round(plain / base, 2)}
+        table.append(row | {"way": matmul.fastest.get((n, key), matmul.PLAIN)})
+    table.append({"rows": "stream, 1"} | milliseconds(times["stream"]))
+
+    def draw(axes):
+        axes.plot(counts, [row["ratio"] for row in table[:-1]], "o-", label="this program")
+        axes.plot(counts, [row["plain_ratio"] for row in table[:-1]], "s--", color="gray", label="x @ w")
+        axes.set(xlabel="rows", ylabel="times one row", ylim=0, title=f"{model_size}: a step of several rows")
+        axes.legend(frameon=False)
+
+    report("rows", table, draw)
+
+
+def cache(model_size: str = "tiny", models_dir: str = "models", *, n_points=24):
+    """The time of a step at every position with the KV cache, and without."""
+    model = load_model(model_size, models_dir)
+    n_ctx = model.hparams["n_ctx"]
+    ids = random_ids(model, n_ctx)
+    positions = np.unique(np.linspace(2, n_ctx, n_points).astype(int))
+    kept = model.new_cache()
+    table = []
+    for n in positions:
+        model.forward([ids[kept.length : n]], kept)
+
+        def with_cache(n=n):
+            kept.length = n - 1
+            model.forward([ids[n - 1 : n]], kept)
+
+        times = in_turn({"with": with_cache, "without": lambda n=n: model.forward([ids[:n]], model.new_cache())}, 3)
+        table.append({"position": int(n)} | {f"{k}_ms": round(np.median(v) * 1e3, 3) for k, v in times.items()})
+
+    def draw(axes):
+        x = np.linspace(0, n_ctx, 100)
+        for column, degree, color in (("without", 2, "#c44e52"), ("with", 1, "#4878a8")):
+            y = [row[f"{column}_ms"] for row in table]
+            axes.plot(positions, y, "o", color=color, markersize=4, label=f"{column} cache")
+            fit = np.polynomial.Polynomial.fit(positions, y, degree)
+            axes.plot(x, fit(x), color=color, linewidth=1, label=f"{'linear' if degree == 1 else 'quadratic'} fit")
+        axes.set(xlabel="position", ylabel="ms a token", ylim=0, title=f"{model_size}: why the KV cache exists")
+        axes.legend(frameon=False)
+
+    report("cache", table, draw)
+
+
+PARTS = ("embedding", "layer norm", "QKV product", "attention", "projection", "MLP", "output product", "rest")
+
+
+def components(model_size: str = "random:124M", models_dir: str = "models", *, n_times=9):
+    """Where a step's time goes, by position."""
+    model = load_model(model_size, models_dir)
+    n_embd, n_ctx = model.hparams["n_embd"], model.hparams["n_ctx"]
+    ids = random_ids(model, n_ctx)
+    spent: dict[str, float] = {}
+
+    def timed(name_of: Callable, function: Callable) -> Callable:
+        def run(*args, **kwargs):
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent[name_of(*args)] = spent.get(name_of(*args), 0) + time.perf_counter() - started
+            return result
+
+        return run
+
+    originals = {name: getattr(gpt2, name) for name in ("layer_norm", "attend", "feed_forward", "linear", "matmul")}
+    products = {3 * n_embd: "QKV product", n_embd: "projection", model.hparams["n_vocab"]: "output product"}
+    table = []
+    try:
+        gpt2.layer_norm = timed(lambda *_: "layer norm", gpt2.layer_norm)
+        gpt2.attend = timed(lambda *_: "attention", gpt2.attend)
+        gpt2.feed_forward = timed(lambda *_: "MLP", gpt2.feed_forward)
+        gpt2.matmul = timed(
+            lambda x, w: products.get(w.shape[1], "in MLP") if x.shape[-1] == n_embd else "in MLP", gpt2.matmul
+        )
+        for position in [n_ctx * i // 1024 for i in (1, 128, 256, 512, 768, 1000)]:
+            kept = model.new_cache()
+            model.forward([ids[:position]], kept)
+            samples = []
+            for _ in range(n_times):
+                spent.clear()
+                started = time.perf_counter()
+                model.forward([ids[position : position + 1]], kept)
+                total = time.perf_counter() - started
+                kept.length = position
+                spent["rest"] = total - sum(value for name, value in spent.items() if name != "in MLP")
+                samples.append({name: spent.get(name, 0) * 1e3 for name in PARTS})
+            table.append(
+                {"position": position} | {p: round(float(np.median([s[p] for s in samples])), 3) for p in PARTS}
+            )
+    finally:
+        for name, function in originals.items():
+            setattr(gpt2, name, function)
+
+    def draw(axes):
+        bottom = np.zeros(len(table))
+        for part in PARTS:
+            values = np.array([row[part] for row in table])
+            axes.bar([str(row["position"]) for row in table], values, bottom=bottom, label=part)
+            bottom += values
+        axes.set(xlabel="position", ylabel="ms a token", title=f"{model_size}: where a step's time goes")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    report("components", table, draw)
+
+
+def with_dtype(tree, dtype):
+    if isinstance(tree, dict):
+        return {name: with_dtype(value, dtype) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [with_dtype(value, dtype) for value in tree]
+    return tree.astype(dtype)
+
+
+def table_gelu() -> Callable:
+    """GELU looked up by float16 value: all 65,536 of them."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+        table = gpt2.gelu(np.nan_to_num(values))
+    return lambda x: table[x.astype(np.float16).view(np.uint16)]
+
+
+def ablation(model_size: str = "random:124M", models_dir: str = "models", *, n_prompt=96, n_tokens=6):
+    """ms a token, prompt included, as what makes the program fast is switched on step by step."""
+    model = load_model(model_size, models_dir)
+    n_head = model.hparams["n_head"]
+    ids = random_ids(model, n_prompt + n_tokens)
+    exact = with_dtype(model.params, np.float64)
+    last = {}
+
+    def recompute(params, every_row):
+        for n in range(n_prompt, len(ids)):
+            last["logits"] = plain_forward(ids[:n], params, n_head, every_row=every_row)[-1]
+
+    def cached(params):
+        past = []
+        for n in range(n_prompt, len(ids)):
+            last["logits"] = plain_forward(ids[len(past) and n - 1 : n], params, n_head, past, every_row=False)[-1]
+
+    def this_program(n_rows=1):
+        kept = model.new_cache()
+        model.forward([ids[:n_prompt]], kept)
+        for n in range(n_prompt, len(ids) - 1, n_rows):
+            last["logits"] = model.forward([ids[n : n + n_rows]], kept, n_last=min(n_rows, len(ids) - n))[0, -1]
+
+    def looked_up():
+        gelu, gpt2.gelu = gpt2.gelu, table_gelu()
+        try:
+            this_program(5)
+        finally:
+            gpt2.gelu = gelu
+
+    stages = {
+        "recompute everything, float64": lambda: recompute(exact, True),
+        "+ last row only for the vocabulary": lambda: recompute(exact, False),
+        "+ KV cache": lambda: cached(exact),
+        "+ float32": lambda: cached(model.params),
+        "+ cache in place, fewer passes": this_program,
+        "+ few-row products, 5 guesses all right": lambda: this_program(5),
+        "(GELU from a table of float16 values)": looked_up,
+    }
+    table = []
+    for name, stage in stages.items():
+        times = in_turn({name: stage}, 1 if "float64" in name or "vocabulary" in name else 3)[name] / n_tokens
+        table.append({"stage": name} | milliseconds(times) | {"logits": last["logits"].astype(np.float64)})
+    reference = plain_forward(ids[:-1], exact, n_head, every_row=False)[-1]
+    for row in table:
+        row["largest_error"] = f"{np.abs(row.pop('logits') - reference).max():.0e}"
+    report(
+        "ablation",
+        table,
+        draw_bars(table, "stage", f"{model_size}: {n_prompt} tokens in, {n_tokens} out", "ms a token"),
+    )
+
+
+def load(model_size: str = "tiny", models_dir: str = "models", *, n_times=5):
+    """Time and memory of a process to its first token, and of one that reads the checkpoint with TensorFlow."""
+    prefix = os.path.join(models_dir, model_size, "model.ckpt")
+    first_token = f"import gpt2; e, h, p = gpt2.load_encoder_hparams_and_params({model_size!r}, {models_dir!r}); "
+    first_token += "next(gpt2.generate(gpt2.Model(h, p), [0], 1)); print(gpt2.peak_memory_gb())"
+    tensorflow = f"import gpt2, tensorflow as tf; r = tf.train.load_checkpoint({prefix!r}); "
+    tensorflow += "{n: r.get_tensor(n) for n in r.get_variable_to_shape_map()}; print(gpt2.peak_memory_gb())"
+    programs = {
+        "import numpy alone": "import numpy, gpt2; print(gpt2.peak_memory_gb())",
+        "this program, to its first token": first_token,
+        "TensorFlow, reading the weights": tensorflow,
+    }
+    table = []
+    for name, code in programs.items():
+        times, peaks = [], []
+        for _ in range(n_times):
+            started = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            times.append(time.perf_counter() - started)
+            if done.returncode:
+                break
+            peaks.append(float(done.stdout))
+        if peaks:
+            table.append({"program": name} | milliseconds(np.array(times)) | {"peak_gb": round(np.median(peaks), 3)})
+        else:
+            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+    report("load", table, draw_bars(table, "program", f"{model_size}: the whole process"))
+
+
+def all_tables(model_size: str = "random:124M", models_dir: str = "models"):
+    """Every table, and one Markdown file of them all."""
+    for table in (decode, prefill, rows, components, ablation):
+        table(model_size, models_dir)
+    for table in (cache, load):
+        table("tiny", models_dir)
+    names = ("decode", "prefill", "rows", "components", "ablation", "cache", "load")
+    with open(os.path.join(FOLDER, "all.md"), "w", encoding="utf-8") as f:
+        for name in names:
+            with open(os.path.join(FOLDER, f"{name}.md"), encoding="utf-8") as part:
+                f.write(part.read() + "\n")
+
+
+COMMANDS = {table.__name__: table for table in (decode, prefill, rows, cache, components, ablation, load)}
+COMMANDS["all"] = all_tables
+
+if __name__ == "__main__":
+    cli.run(COMMANDS)

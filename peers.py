@@ -1,0 +1,113 @@
+"""Other programs that run GPT-2, for benchmark.py: each gets the weights of a Model.
+
+A peer has prefill(ids), which feeds a prompt and returns the logits of its last row, and step(ids), which returns the
+logits of the last id where the others have been fed.
+"""
+
+import math
+
+import numpy as np
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plain NumPy
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def plain_forward(ids, params, n_head, past=None, every_row=True):  # [n_new] -> [n_new or 1, n_vocab]
+    """GPT-2 as one writes it first, in the dtype of the weights; `past` is a cache that grows by concatenation."""
+    n_past = past[0][0].shape[0] if past else 0
+    x = params["wte"][ids] + params["wpe"][n_past : n_past + len(ids)]
+    d_head = x.shape[-1] // n_head
+
+    def norm(x, g, b):
+        return g * (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + x.dtype.type(1e-5)) + b
+
+    def gelu(x):
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+    mask = np.triu(np.full((len(ids), n_past + len(ids)), -1e10, x.dtype), n_past + 1)
+    for i, block in enumerate(params["blocks"]):
+        h = norm(x, **block["ln_1"]) @ block["attn"]["c_attn"]["w"] + block["attn"]["c_attn"]["b"]
+        q, k, v = np.split(h, 3, axis=-1)
+        if past is not None:
+            if n_past:
+                k, v = (np.concatenate(pair) for pair in zip(past[i], (k, v), strict=True))
+            past[i : i + 1] = [(k, v)]
+        heads = []
+        for qh, kh, vh in zip(*(np.split(part, n_head, axis=-1) for part in (q, k, v)), strict=True):
+            scores = qh @ kh.T / math.sqrt(d_head) + mask
+            scores = np.exp(scores - scores.max(-1, keepdims=True))
+            heads.append(scores / scores.sum(-1, keepdims=True) @ vh)
+        x = x + np.hstack(heads) @ block["attn"]["c_proj"]["w"] + block["attn"]["c_proj"]["b"]
+        h = gelu(norm(x, **block["ln_2"]) @ block["mlp"]["c_fc"]["w"] + block["mlp"]["c_fc"]["b"])
+        x = x + h @ block["mlp"]["c_proj"]["w"] + block["mlp"]["c_proj"]["b"]
+    return norm(x if every_row else x[-1:], **params["ln_f"]) @ params["wte"].T
+
+
+class PlainNumPy:
+    name = "plain NumPy, no cache (picoGPT's way)"
+
+    def __init__(self, model):
+        self.model = model
+
+    def prefill(self, ids):
+        return plain_forward(ids, self.model.params, self.model.hparams["n_head"])[-1]
+
+    step = prefill
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face transformers
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Transformers:
+    name = "Hugging Face transformers, PyTorch float32"
+
+    def __init__(self, model):
+        import torch
+        import transformers
+
+        self.torch = torch
+        names = {"n_vocab": "vocab_size", "n_ctx": "n_positions"}
+        config = transformers.GPT2Config(**{names.get(name, name): value for name, value in model.hparams.items()})
+        self.gpt2 = transformers.GPT2LMHeadModel(config).eval()
+        with torch.no_grad():
+            self.copy_weights(model.params)
+        self.past = None
+
+    def copy_weights(self, params):
+        def copy(target, source):
+            target.copy_(self.torch.from_numpy(np.array(source)))
+
+        target = self.gpt2.transformer
+        copy(target.wte.weight, params["wte"])
+        copy(target.wpe.weight, params["wpe"])
+        copy(target.ln_f.weight, params["ln_f"]["g"])
+        copy(target.ln_f.bias, params["ln_f"]["b"])
+        for layer, block in zip(target.h, params["blocks"], strict=True):
+            for norm in ("ln_1", "ln_2"):
+                copy(getattr(layer, norm).weight, block[norm]["g"])
+                copy(getattr(layer, norm).bias, block[norm]["b"])
+            for part, name in (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj")):
+                linear = getattr(getattr(layer, part), name)
+                copy(linear.weight, block[part][name]["w"])
+                copy(linear.bias, block[part][name]["b"])
+
+    def feed(self, ids, past):
+        with self.torch.inference_mode():
+            out = self.gpt2(self.torch.tensor([ids]), past_key_values=past, use_cache=True, logits_to_keep=1)
+        return out.logits[0, -1].numpy(), out.past_key_values
+
+    def prefill(self, ids):
+        logits, self.past = self.feed(ids, None)
+        return logits
+
+    def step(self, ids):
+        if too_many := self.past.get_seq_length() - (len(ids) - 1):
+            self.past.crop(-too_many)
+        logits, self.past = self.feed(ids[-1:], self.past)
+        return logits
+
+
+PEERS = (PlainNumPy, Transformers)
