@@ -10,7 +10,7 @@ import inspect
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 # The statuses that shells give to programs ended by these signals: 128 + 2 and 128 + 13.
 INTERRUPTED, BROKEN_PIPE = 130, 141
@@ -64,6 +64,15 @@ def parse_arguments(command: Callable, argv: list[str]) -> dict:
         problem = e.trace.elements[-1].ErrorAsStr()
         fail(f"{problem}; --help lists the flags, and -- stands before text that begins with a dash", status=2)
     return bound
+
+
+def write_text(pieces: Iterable[str]) -> None:
+    """Write text to stdout as it comes. A terminal gets a last line end; a pipe or a file the text and nothing else."""
+    for text in pieces:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    if sys.stdout.isatty():
+        sys.stdout.write("\n")
 
 
 def fail(message: str, status: int = 1):

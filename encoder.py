@@ -60,6 +60,11 @@ class Encoder:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return list(chain.from_iterable(map(self._word_ids, WORDS.findall(text))))
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text to continue: special tokens count, and an empty text starts from <|endoftext|>."""
+        ids = self.encode(text, allow_special=True)
+        return ids if ids or self.eot_id is None else [self.eot_id]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. ValueError: an id outside the vocabulary."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")

@@ -16,7 +16,7 @@ import numpy as np
 
 import cli
 from matmul import matmul, matmul_heads, products_for
-from sampling import Sampler, greedy
+from sampling import NEAR_TIE, Sampler, greedy, is_whole, margin
 from utils import load_encoder_hparams_and_params
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
@@ -102,13 +102,14 @@ def transformer_block(x, remember, n_head, n_rows, attn, ln_1, ln_2, mlp):
     return x
 
 
-def gpt2(tokens, cache, n_last, n_head, wte, wpe, blocks, ln_f):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
+def gpt2(tokens, cache, n_last, n_head, n_scored, wte, wpe, blocks, ln_f):
+    # int[n_batch, n_new] -> [n_batch, n_last, n_scored]
     n_new = tokens.shape[1]
     x = wte[tokens] + wpe[cache.length : cache.length + n_new]
     for i, params in enumerate(blocks):
         n_rows = n_last if i == len(blocks) - 1 else n_new  # later blocks need every row, the output only the last
         x = transformer_block(x, partial(cache.append, i), n_head, n_rows, **params)
-    return matmul(layer_norm(x, **ln_f), wte.T)
+    return matmul(layer_norm(x, **ln_f), wte[:n_scored].T)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,11 +152,16 @@ class KVCache:
 
 
 class Model:
-    """The weights and what they are: hparams (n_vocab, n_ctx, n_embd, n_head, n_layer) and nested params."""
+    """The weights and what they are: hparams (n_vocab, n_ctx, n_embd, n_head, n_layer) and nested params.
 
-    def __init__(self, hparams: dict, params: dict):
+    `n_scored`: give logits of the first so many ids only. GPT-2's ids are in the order of merging, so frequent
+    tokens come first, and a draft may leave out the rest.
+    """
+
+    def __init__(self, hparams: dict, params: dict, n_scored: int | None = None):
         self.hparams = hparams
         self.params = params
+        self.n_scored = n_scored
         attn, mlp = params["blocks"][0]["attn"], params["blocks"][0]["mlp"]
         wte = params["wte"][: 1 << 14]  # a part of the vocabulary tells as much as all of it
         self.sample = [attn["c_attn"]["w"], attn["c_proj"]["w"], mlp["c_fc"]["w"], mlp["c_proj"]["w"], wte.T]
@@ -184,7 +190,7 @@ class Model:
         if cache.length + n_new > n_ctx:
             raise ValueError(f"{cache.length} tokens and {n_new} more exceed the context of {n_ctx}; feed fewer")
         with products_for(n_batch * n_new, self.sample):
-            logits = gpt2(tokens, cache, n_last, self.hparams["n_head"], **self.params)
+            logits = gpt2(tokens, cache, n_last, self.hparams["n_head"], self.n_scored, **self.params)
         cache.advance(n_new)
         return logits
 
@@ -195,7 +201,7 @@ class Model:
 
 
 def check_n_tokens(n_tokens: int) -> None:
-    if isinstance(n_tokens, bool) or not isinstance(n_tokens, (int, np.integer)) or n_tokens < 1:
+    if not is_whole(n_tokens) or n_tokens < 1:
         raise ValueError(f"{n_tokens!r} tokens to generate, expected a whole number of 1 or more")
 
 
@@ -235,6 +241,9 @@ def decode(model, tokens, n_tokens, sample, draft):
         guesses = draft(tokens, n_end - len(tokens) - 1)
         logits = model.forward([tokens[cache.length :] + guesses], cache, n_last=len(guesses) + 1)
         for row, guess in zip(logits[0], [*guesses, None], strict=True):
+            if guesses and margin(sample, row, len(tokens)) < NEAR_TIE:
+                cache.length = len(tokens) - 1
+                row, guess = model.forward([tokens[-1:]], cache)[0, 0], None  # alone, and the round ends
             tokens.append(sample(row, len(tokens)))
             yield tokens[-1]
             if tokens[-1] != guess:
@@ -331,15 +340,9 @@ def main(
     prompt = read_prompt(prompt)
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     model = Model(hparams, params)
-    prompt_ids = encoder.encode(prompt, allow_special=True)
-    if not prompt_ids and encoder.eot_id is not None:
-        prompt_ids = [encoder.eot_id]
+    prompt_ids = encoder.encode_prompt(prompt)
     ids = stopwatch.watch(generate(model, prompt_ids, n_tokens_to_generate))
-    for text in encoder.decode_stream(takewhile(lambda i: i != encoder.eot_id, ids)):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    if sys.stdout.isatty():
-        sys.stdout.write("\n")
+    cli.write_text(encoder.decode_stream(takewhile(lambda i: i != encoder.eot_id, ids)))
     if stats:
         print(stopwatch.report(model, len(prompt_ids)), file=sys.stderr)
 
