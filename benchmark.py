@@ -15,13 +15,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 import cli
 import gpt2
 import matmul
+import speculative
+from adaptive import Adaptive
 from peers import PEERS, plain_forward
+from sampling import make_sampler
+from speculative import DraftModel, FirstOf, PromptLookup
 from utils import expected_shapes, load_encoder_hparams_and_params, nest_params
 
 FOLDER = "benchmarks"
@@ -228,22 +233,20 @@ def rows(model_size: str = "random:124M", models_dir: str = "models", *, n_times
     cache = model.new_cache()
     model.forward([random_ids(model, 10)], cache)
     counts = (1, 2, 4, 5, 8, 16)
-    key = min(model.sample[0].shape)
+    ways = {}
 
     def step(n, plain):
         def run():
-            chosen = matmul.fastest.get((n, key))
-            if plain and chosen:
-                matmul.fastest[n, key] = matmul.PLAIN
+            few, matmul.MAX_FEW_ROWS = matmul.MAX_FEW_ROWS, 1 if plain else matmul.MAX_FEW_ROWS
             model.forward([random_ids(model, n)], cache, n_last=n)
+            matmul.MAX_FEW_ROWS = few
             cache.length = 10
-            if chosen:
-                matmul.fastest[n, key] = chosen
 
         return run
 
     for n in counts:
         step(n, False)()
+        ways[n] = matmul.fastest_way(n, model.sample)
     actions = {"stream": stream(model)} | {(n, plain): step(n, plain) for n in counts for plain in (False, True)}
     times = in_turn(actions, n_times)
     base = np.median(times[1, False])
@@ -252,7 +255,7 @@ def rows(model_size: str = "random:124M", models_dir: str = "models", *, n_times
         plain = np.median(times[n, True])
         row = {"rows": n} | milliseconds(times[n, False]) | {"ratio": round(np.median(times[n, False]) / base, 2)}
         row |= {"plain_ms": round(plain * 1e3, 3), "plain_ratio": round(plain / base, 2)}
-        table.append(row | {"way": matmul.fastest.get((n, key), matmul.PLAIN)})
+        table.append(row | {"way": ways[n]})
     table.append({"rows": "stream, 1"} | milliseconds(times["stream"]))
 
     def draw(axes):
@@ -453,20 +456,132 @@ def load(model_size: str = "tiny", models_dir: str = "models", *, n_times=5):
     report("load", table, draw_bars(table, "program", f"{model_size}: the whole process"))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Speculation
+# ----------------------------------------------------------------------------------------------------------------------
+
+PUBLISHED_ACCEPTANCE = 0.73  # of 124M's guesses for 1558M: 40 tokens in about 13.6 passes at 4 guesses
+LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
+
+
+def drafters(
+    model_size: str = "tiny", models_dir: str = "models", *, draft_model_size: str = "nano", n_tokens=200, n_times=5
+):
+    """Wall time of texts of the embedded target, plain and with each drafter; the texts are compared."""
+    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    target, draft = gpt2.Model(hparams, params), load_model(draft_model_size, models_dir)
+    table = []
+    for name, prompt, temperature in (
+        ("greedy, repeats itself", "ROMEO:", 0),
+        ("temperature 0.5", "ROMEO:", 0.5),
+        ("temperature 0.8", "ROMEO:", 0.8),
+    ):
+        sample, ids = make_sampler(temperature, seed=1), encoder.encode(prompt)
+        model = partial(DraftModel, draft, speculative.MAX_DRAFT, sample, speculative.MIN_CONFIDENCE)
+        makers = {
+            "plain": lambda: None,
+            "draft model": lambda model=model: Adaptive(model()),
+            "prompt lookup": lambda: Adaptive(PromptLookup(speculative.MAX_DRAFT)),
+            "both": lambda model=model: Adaptive(FirstOf(PromptLookup(speculative.MAX_DRAFT), model())),
+        }
+        texts = {}
+
+        def write(name, make, sample=sample, ids=ids, texts=texts):
+            texts[name] = list(gpt2.generate(target, ids, n_tokens, sample, make()))
+
+        actions = {key: partial(write, key, make) for key, make in makers.items()}
+        times = in_turn(actions, n_times)
+        for key, values in times.items():
+            row = {"text": name, "drafter": key} | milliseconds(values)
+            row["speedup"] = round(float(np.median(times["plain"] / values)), 2)
+            table.append(row | {"identical": texts[key] == texts["plain"]})
+    labelled = [row | {"label": f"{row['text']}: {row['drafter']}"} for row in table]
+    report("drafters", table, draw_bars(labelled, "label", f"{model_size} with {draft_model_size}: {n_tokens} tokens"))
+
+
+def acceptance(
+    target_size: str = "random:1558M", draft_size: str = "random:124M", models_dir: str = "models", *, n_tokens=40
+):
+    """Speed-up by acceptance and draft length at real shapes: real passes, guesses right with a set probability."""
+    target, draft = load_model(target_size, models_dir), load_model(draft_size, models_dir)
+    prompt = random_ids(target, 10)
+
+    def timed(drafter):
+        started = time.perf_counter()
+        ids = []
+        for i in gpt2.generate(target, prompt, n_tokens, draft=drafter):
+            if not ids:
+                started = time.perf_counter()  # both ways take a pass over the prompt for the first token
+            ids.append(i)
+        return ids, time.perf_counter() - started
+
+    timed(None)
+    plain_ids, plain_seconds = timed(None)
+    text, plain_step = prompt + plain_ids, plain_seconds / (n_tokens - 1)
+    table = [
+        {
+            "guesses": 0,
+            "seconds_a_round": round(plain_step, 4),
+            "tokens_a_round": 1.0,
+            "speedup": 1.0,
+            "identical": True,
+        }
+    ]
+    for n in LENGTHS:
+        rng = np.random.default_rng(n)
+
+        def guess(logits, position, rng=rng):
+            right = text[position] if position < len(text) else 0
+            return right if rng.random() < PUBLISHED_ACCEPTANCE else (right + 1) % target.hparams["n_vocab"]
+
+        recorder = speculative.Recorder(DraftModel(draft, n, guess))
+        timed(recorder)  # chooses the products for n + 1 rows
+        recorder.rounds.clear()
+        ids, seconds = timed(recorder)
+        n_rounds = len(recorder.rounds) - 1
+        row = {"guesses": n, "seconds_a_round": round(seconds / n_rounds, 4)}
+        row |= {"tokens_a_round": round((n_tokens - 1) / n_rounds, 2), "speedup": round(plain_seconds / seconds, 2)}
+        expected = (1 - PUBLISHED_ACCEPTANCE ** (n + 1)) / (1 - PUBLISHED_ACCEPTANCE)
+        row["speedup_expected"] = round(expected * plain_step / (seconds / n_rounds), 2)
+        table.append(row | {"identical": ids == plain_ids})
+
+    def draw(axes):
+        shares = np.linspace(0.5, 0.95, 46)
+        cost = np.array([row["seconds_a_round"] for row in table[1:]]) / plain_step
+        powers = np.array(LENGTHS)[:, None] + 1
+        speedups = (1 - shares**powers) / (1 - shares) / cost[:, None]
+        image = axes.imshow(speedups, aspect="auto", origin="lower", cmap="RdYlGn", vmin=0.3, vmax=2.5)
+        axes.set_yticks(range(len(LENGTHS)), LENGTHS)
+        axes.set_xticks(range(0, 46, 5), [f"{share:.2f}" for share in shares[::5]])
+        axes.axvline((PUBLISHED_ACCEPTANCE - 0.5) / 0.01, color="black", linestyle="--", linewidth=1)
+        best = axes.twinx()
+        best.plot(range(46), speedups.max(axis=0), color="black", label="at the best length")
+        best.set(ylabel="times plain decoding", ylim=(0, 4))
+        best.legend(frameon=False, loc="upper left")
+        axes.set(xlabel="acceptance (dashed: published, 0.73)", ylabel="guesses a round")
+        axes.set_title(f"{draft_size} for {target_size}: measured rounds, tokens by acceptance")
+        axes.figure.colorbar(image, pad=0.1)
+
+    report("acceptance", table, draw)
+
+
 def all_tables(model_size: str = "random:124M", models_dir: str = "models"):
     """Every table, and one Markdown file of them all."""
     for table in (decode, prefill, rows, components, ablation):
         table(model_size, models_dir)
-    for table in (cache, load):
+    for table in (cache, load, drafters):
         table("tiny", models_dir)
-    names = ("decode", "prefill", "rows", "components", "ablation", "cache", "load")
+    acceptance(models_dir=models_dir)
+    names = ("decode", "prefill", "rows", "components", "ablation", "cache", "load", "drafters", "acceptance")
     with open(os.path.join(FOLDER, "all.md"), "w", encoding="utf-8") as f:
         for name in names:
             with open(os.path.join(FOLDER, f"{name}.md"), encoding="utf-8") as part:
                 f.write(part.read() + "\n")
 
 
-COMMANDS = {table.__name__: table for table in (decode, prefill, rows, cache, components, ablation, load)}
+COMMANDS = {
+    table.__name__: table for table in (decode, prefill, rows, cache, components, ablation, load, drafters, acceptance)
+}
 COMMANDS["all"] = all_tables
 
 if __name__ == "__main__":

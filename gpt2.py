@@ -155,13 +155,14 @@ class Model:
     """The weights and what they are: hparams (n_vocab, n_ctx, n_embd, n_head, n_layer) and nested params.
 
     `n_scored`: give logits of the first so many ids only. GPT-2's ids are in the order of merging, so frequent
-    tokens come first, and a draft may leave out the rest.
+    tokens come first, and a draft may leave out the rest. `is_draft`: its steps alternate with another model's.
     """
 
-    def __init__(self, hparams: dict, params: dict, n_scored: int | None = None):
+    def __init__(self, hparams: dict, params: dict, n_scored: int | None = None, is_draft: bool = False):
         self.hparams = hparams
         self.params = params
         self.n_scored = n_scored
+        self.is_draft = is_draft
         attn, mlp = params["blocks"][0]["attn"], params["blocks"][0]["mlp"]
         wte = params["wte"][: 1 << 14]  # a part of the vocabulary tells as much as all of it
         self.sample = [attn["c_attn"]["w"], attn["c_proj"]["w"], mlp["c_fc"]["w"], mlp["c_proj"]["w"], wte.T]
@@ -189,7 +190,7 @@ class Model:
             raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {n_vocab - 1}")
         if cache.length + n_new > n_ctx:
             raise ValueError(f"{cache.length} tokens and {n_new} more exceed the context of {n_ctx}; feed fewer")
-        with products_for(n_batch * n_new, self.sample):
+        with products_for(n_batch * n_new, self.sample, self.is_draft):
             logits = gpt2(tokens, cache, n_last, self.hparams["n_head"], self.n_scored, **self.params)
         cache.advance(n_new)
         return logits

@@ -41,7 +41,7 @@ MIN_DEPTH = 16  # rows of w in a slab; each slab adds a partial sum of all outpu
 # GEMM_MULTITHREAD_THRESHOLD). On AVX-512 it has a kernel without packing for up to 10^6, unless w is transposed.
 SINGLE_THREAD = 1 << 18
 SLAB_LIMITS = (SINGLE_THREAD, 10**6 - 1)
-HEAD_START = 0.1  # of its share, which the calling thread does more: waking another takes 20 to 50 us
+HEAD_START = 1 << 17  # numbers of w that the calling thread has done before another is awake, after 20 to 50 us
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Threads
@@ -180,10 +180,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=new_team)  # a child has none of its parent's threads
 
 
-def shares(n: int) -> list[slice]:
-    """range(n) in one slice for each thread; the caller's is larger, since the others have to wake first."""
+def shares(n: int, size: int) -> list[slice]:
+    """range(n), slabs of `size` numbers of w, in one slice for each thread; the caller's has a head start."""
     n_others = team.n_threads - 1
-    first = n if n <= n_others else min(n, round(n * (1 + HEAD_START * n_others) / (n_others + 1)))
+    first = n if n <= n_others else min(n, round((n + HEAD_START / size * n_others) / (n_others + 1)))
     edges = [0, *(first + (n - first) * i // max(1, n_others) for i in range(n_others + 1))]
     return [slice(start, stop) for start, stop in pairwise(edges) if start < stop]
 
@@ -210,7 +210,7 @@ def split_k(x, w, limit):  # [n_rows, n_in] @ [n_in, n_out] -> [n_rows, n_out], 
     n_deep, n_wide = n_in // depth, n_out // width
     x_slabs = x.reshape(n_rows, n_deep, 1, depth).transpose(1, 2, 0, 3)  # [n_deep, 1, n_rows, depth]
     w_slabs = w.reshape(n_deep, depth, n_wide, width).swapaxes(1, 2)  # [n_deep, n_wide, depth, width]
-    parts = shares(n_deep)
+    parts = shares(n_deep, n_out * depth)
     sums = np.empty((len(parts), n_wide, n_rows, width), np.float32)
 
     def work(number, deep):
@@ -232,7 +232,7 @@ def row_blocks(x, w):  # [n_rows, n_in] @ [n_out, n_in].T -> [n_rows, n_out], w 
     def work(number, blocks):
         np.matmul(x, w_blocks[blocks], out=y_blocks[blocks])
 
-    team.run(work, shares(len(w_blocks)))
+    team.run(work, shares(len(w_blocks), height * n_in))
     np.matmul(x, w[n_whole:].T, out=y[:, n_whole:])
     return y
 
@@ -257,10 +257,11 @@ def padded(x, w):  # [n_rows, n_in] @ [n_in, n_out] -> [n_rows, n_out]
 N_TIMINGS = 2
 MIN_GAIN = 0.05  # another way must be this much faster, so that noise never makes it slower than x @ w
 SETTLE_S = 0.03  # for so long after a product BLAS's own threads go on spinning, and take the cores
-WAYS = {f"slabs of {limit} multiply-adds": partial(in_slabs, limit=limit) for limit in SLAB_LIMITS}
 PLAIN, PADDED = "x @ w", "x @ w of padded rows"
-WAYS |= {PLAIN: plain, PADDED: padded}  # last, since their threads spin on
-fastest: dict[tuple[int, int], str] = {}  # (n_rows, n_embd) -> the name of a way
+SLABS = {f"slabs of {limit} multiply-adds": partial(in_slabs, limit=limit) for limit in SLAB_LIMITS}
+WAYS = SLABS | {PLAIN: plain, PADDED: padded}  # slabs first, since BLAS's threads spin on
+fastest: dict[tuple, str] = {}  # (n_rows, shapes of the weights) -> the name of a way
+step = threading.local()  # .way: how the step of a model that this thread is in multiplies
 
 
 def seconds(way: str, pairs: list) -> float:
@@ -270,42 +271,48 @@ def seconds(way: str, pairs: list) -> float:
     return time.perf_counter() - started
 
 
-def choose_products(n_rows: int, weights: list[np.ndarray]) -> None:
+def fastest_way(n_rows: int, weights: list[np.ndarray]) -> str:
     """Time the ways to multiply `n_rows` rows with these matrices of one model, once, and remember the fastest.
 
     One way for all of them: BLAS's threads spin after each product, and would disturb ours in the next.
     """
-    key = n_rows, min(weights[0].shape)
-    if not 1 < n_rows <= MAX_FEW_ROWS or key in fastest:
-        return
-    fastest[key] = PLAIN
-    if min(w.size for w in weights) < MIN_SIZE:
-        return
-    pairs = [(np.ones((n_rows, w.shape[0]), np.float32), w) for w in weights]
-    time.sleep(SETTLE_S)
-    ways = [way for way in WAYS if n_rows % 8 or way != PADDED]
-    with team.one_core_each():
-        times = {way: min(seconds(way, pairs) for _ in range(N_TIMINGS)) for way in ways}
-    times[PLAIN] *= 1 - MIN_GAIN
-    fastest[key] = min(times, key=times.get)
+    if not 1 < n_rows <= MAX_FEW_ROWS or min(w.size for w in weights) < MIN_SIZE:
+        return PLAIN
+    key = n_rows, *(w.shape for w in weights)
+    if key not in fastest:
+        time.sleep(SETTLE_S)
+        pairs = [(np.ones((n_rows, w.shape[0]), np.float32), w) for w in weights]
+        ways = [way for way in WAYS if n_rows % 8 or way != PADDED]
+        with team.one_core_each():
+            times = {way: min(seconds(way, pairs) for _ in range(N_TIMINGS)) for way in ways}
+        times[PLAIN] *= 1 - MIN_GAIN
+        fastest[key] = min(times, key=times.get)
+    return fastest[key]
 
 
 @contextlib.contextmanager
-def products_for(n_rows: int, weights: list[np.ndarray]):
-    """Within it, `matmul` multiplies `n_rows` rows in the fastest way for a model with these weights."""
-    choose_products(n_rows, weights)
-    if fastest.get((n_rows, min(weights[0].shape)), PLAIN) in (PLAIN, PADDED):
-        yield
-    else:
-        with team.one_core_each():
+def products_for(n_rows: int, weights: list[np.ndarray], is_draft: bool):
+    """Within it, `matmul` multiplies in the fastest way for a step of `n_rows` rows of a model with these weights.
+
+    A draft's single rows go in slabs too, where few rows do, although that takes a fourth longer: BLAS's threads,
+    spinning on, would cost the check that follows more than the draft gains (four steps of 124M and a check by
+    1558M: 479 ms instead of 518).
+    """
+    way = fastest_way(n_rows, weights)
+    if is_draft and n_rows == 1 and (few := fastest_way(2, weights)) in SLABS:
+        way = few
+    before, step.way = getattr(step, "way", PLAIN), way
+    try:
+        with team.one_core_each() if way in SLABS else contextlib.nullcontext():
             yield
+    finally:
+        step.way = before
 
 
 def matmul(x, w):  # [..., n_in] @ [n_in, n_out] -> [..., n_out]
     """x @ w, all rows in one product; w as it lies in the checkpoint, or the transpose of such."""
     rows = x.reshape(-1, x.shape[-1])
-    way = fastest.get((len(rows), min(w.shape)), PLAIN)
-    return WAYS[way](rows, w).reshape(*x.shape[:-1], w.shape[1])
+    return WAYS[getattr(step, "way", PLAIN)](rows, w).reshape(*x.shape[:-1], w.shape[1])
 
 
 def matmul_heads(a, b):  # [..., n_rows, k] @ [..., k, n] -> [..., n_rows, n]

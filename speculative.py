@@ -48,7 +48,7 @@ class DraftModel:
         min_confidence: float = 0.0,
         n_scored: int | None = None,
     ):
-        self.model = Model(model.hparams, model.params, n_scored)
+        self.model = Model(model.hparams, model.params, n_scored, is_draft=True)
         self.n_draft = n_draft
         self.sample = sample
         self.min_confidence = min_confidence

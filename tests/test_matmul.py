@@ -70,7 +70,7 @@ def test_slabs_divide_the_matrix_and_fit(n_rows):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 100])
 def test_shares_cover_everything_once(team, n):
-    shares = mm.shares(n)
+    shares = mm.shares(n, 1000)
     assert [i for share in shares for i in range(share.start, share.stop)] == list(range(n))
     assert 1 <= len(shares) <= mm.team.n_threads
 
@@ -88,43 +88,53 @@ def test_the_model_gives_the_same_logits_whichever_way(monkeypatch, way, n_new):
     model = random_model(n_embd=24, n_ctx=40)
     ids = np.random.default_rng(0).integers(61, size=(1, 20 + n_new))
     expected = model.forward(ids, model.new_cache(), n_last=n_new)
-    monkeypatch.setattr(mm, "fastest", {(n_new, 24): way})
+    used = []
+    monkeypatch.setattr(mm, "fastest_way", lambda n_rows, weights: used.append(n_rows) or way)
     cache = model.new_cache()
     model.forward(ids[:, :20], cache)
     np.testing.assert_allclose(model.forward(ids[:, 20:], cache, n_last=n_new), expected, rtol=0, atol=1e-4)
+    assert used == [20, n_new]
 
 
-def test_the_choice_is_timed_once_and_remembered(monkeypatch):
+@pytest.fixture
+def untimed(monkeypatch):
+    """Choices are made at once, also for small matrices."""
     monkeypatch.setattr(mm, "fastest", {})
     monkeypatch.setattr(mm, "MIN_SIZE", 1)
     monkeypatch.setattr(mm, "SETTLE_S", 0)
+
+
+def test_the_choice_is_timed_once_and_remembered(untimed, monkeypatch):
     timed = []
-    slowest_first = {way: seconds for seconds, way in enumerate(reversed(list(mm.WAYS)), start=1)}
-    monkeypatch.setattr(mm, "seconds", lambda way, pairs: timed.append(way) or slowest_first[way])
+    last_is_fastest = {way: seconds for seconds, way in enumerate(reversed(list(mm.WAYS)), start=1)}
+    monkeypatch.setattr(mm, "seconds", lambda way, pairs: timed.append(way) or last_is_fastest[way])
     weights = [arrays(1, 8, 16)[1], arrays(1, 8, 8)[1]]
-    mm.choose_products(5, weights)
-    assert mm.fastest == {(5, 8): list(mm.WAYS)[-1]}
+    assert mm.fastest_way(5, weights) == list(mm.WAYS)[-1]
     assert set(timed) == set(mm.WAYS)
     timed.clear()
-    for n_rows in (1, 5, 17):
-        mm.choose_products(n_rows, weights)
+    assert mm.fastest_way(5, weights) == list(mm.WAYS)[-1]
+    assert mm.fastest_way(1, weights) == mm.fastest_way(17, weights) == mm.PLAIN
     assert not timed
 
 
-def test_plain_products_win_ties(monkeypatch):
-    monkeypatch.setattr(mm, "fastest", {})
-    monkeypatch.setattr(mm, "MIN_SIZE", 1)
-    monkeypatch.setattr(mm, "SETTLE_S", 0)
+def test_plain_products_win_ties(untimed, monkeypatch):
     monkeypatch.setattr(mm, "seconds", lambda way, pairs: 1.0 if way == mm.PLAIN else 0.97)
-    mm.choose_products(5, [arrays(1, 8, 16)[1]])
-    assert mm.fastest == {(5, 8): mm.PLAIN}
+    assert mm.fastest_way(5, [arrays(1, 8, 16)[1]]) == mm.PLAIN
 
 
 def test_small_models_stay_plain_untimed(monkeypatch):
-    monkeypatch.setattr(mm, "fastest", {})
     monkeypatch.setattr(mm, "seconds", lambda way, pairs: pytest.fail("timed"))
-    mm.choose_products(5, [arrays(1, 128, 512)[1]])
-    assert mm.fastest == {(5, 128): mm.PLAIN}
+    assert mm.fastest_way(5, [arrays(1, 128, 512)[1]]) == mm.PLAIN
+
+
+@pytest.mark.parametrize("few", mm.WAYS)
+def test_a_drafts_single_rows_follow_its_few_rows_into_slabs(untimed, monkeypatch, few):
+    weights = [arrays(1, 8, 16)[1]]
+    monkeypatch.setattr(mm, "seconds", lambda way, pairs: 0.5 if way == few else 1.0)
+    for is_draft, expected in ((True, few if few in mm.SLABS else mm.PLAIN), (False, mm.PLAIN)):
+        with mm.products_for(1, weights, is_draft):
+            assert mm.step.way == expected
+        assert mm.step.way == mm.PLAIN
 
 
 def test_a_busy_team_leaves_the_work_to_its_caller():
