@@ -298,7 +298,7 @@ def cache(model_size: str = "tiny", models_dir: str = "models", *, n_points=24):
     report("cache", table, draw)
 
 
-PARTS = ("embedding", "layer norm", "QKV product", "attention", "projection", "MLP", "output product", "rest")
+PARTS = ("layer norm", "QKV product", "attention", "projection", "MLP", "output product", "embedding, sums, cache")
 
 
 def components(model_size: str = "random:124M", models_dir: str = "models", *, n_times=9):
@@ -337,7 +337,7 @@ def components(model_size: str = "random:124M", models_dir: str = "models", *, n
                 model.forward([ids[position : position + 1]], kept)
                 total = time.perf_counter() - started
                 kept.length = position
-                spent["rest"] = total - sum(value for name, value in spent.items() if name != "in MLP")
+                spent[PARTS[-1]] = total - sum(value for name, value in spent.items() if name != "in MLP")
                 samples.append({name: spent.get(name, 0) * 1e3 for name in PARTS})
             table.append(
                 {"position": position} | {p: round(float(np.median([s[p] for s in samples])), 3) for p in PARTS}
