@@ -7,10 +7,7 @@ Ratios are of one run: what is compared is measured in turn, and medians are quo
 random:124M has random weights of the real shapes. Peers that happen to be installed get the same weights and tokens.
 """
 
-import csv
-import datetime
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -24,135 +21,11 @@ import gpt2
 import matmul
 import speculative
 from adaptive import Adaptive
+from measure import FOLDER, draw_bars, in_turn, load_model, milliseconds, random_ids, report, stream
 from peers import PEERS, plain_forward
 from sampling import make_sampler
 from speculative import DraftModel, FirstOf, PromptLookup
-from utils import expected_shapes, load_encoder_hparams_and_params, nest_params
-
-FOLDER = "benchmarks"
-SHAPES = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Models, times, reports
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def load_model(model_size: str, models_dir: str = "models") -> gpt2.Model:
-    """A model by its name, or random:SIZE, random weights of the shapes of an OpenAI size."""
-    kind, _, size = model_size.partition(":")
-    if kind != "random":
-        _, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-        return gpt2.Model(hparams, params)
-    if size not in SHAPES:
-        raise ValueError(f"no shapes for {model_size!r}, expected random: and one of {', '.join(SHAPES)}")
-    n_embd, n_head, n_layer = SHAPES[size]
-    hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
-    rng = np.random.default_rng(0)
-    variables = {}
-    for name, shape in expected_shapes(hparams):
-        array = rng.standard_normal(shape, np.float32)
-        array *= np.float32(0.02)
-        variables[f"model/{name}"] = array + 1 if name.endswith("/g") else array
-    return gpt2.Model(hparams, nest_params(variables, hparams, model_size))
-
-
-def random_ids(model: gpt2.Model, n: int) -> list[int]:
-    return np.random.default_rng(1).integers(model.hparams["n_vocab"], size=n).tolist()
-
-
-def in_turn(actions: dict[str, Callable[[], object]], n_times: int) -> dict[str, np.ndarray]:
-    """Seconds of each action, all of them in turn n_times, after one turn that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(n_times + 1):
-        for name, action in actions.items():
-            time.sleep(matmul.SETTLE_S if len(actions) > 1 else 0)  # or the threads of one disturb the next
-            action()  # brings its weights and threads back
-            started = time.perf_counter()
-            action()
-            if turn:
-                times[name].append(time.perf_counter() - started)
-    return {name: np.array(values) for name, values in times.items()}
-
-
-def milliseconds(times: np.ndarray) -> dict[str, float]:
-    low, median, high = np.percentile(times, [25, 50, 75]) * 1e3
-    return {"ms": round(median, 3), "ms_low": round(low, 3), "ms_high": round(high, 3)}
-
-
-def stream(model: gpt2.Model) -> Callable[[], None]:
-    """One-row `x @ w` with every matrix that a step reads: what streaming the weights takes at least."""
-    blocks = model.params["blocks"]
-    names = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))
-    weights = [block[part][name]["w"] for block in blocks for part, name in names] + [model.params["wte"].T]
-    pairs = [(np.ones((1, w.shape[0]), np.float32), w) for w in weights]
-
-    def run():
-        for x, w in pairs:
-            x @ w
-
-    return run
-
-
-def machine() -> dict[str, str]:
-    """The processor, the BLAS and its kernels, the versions, the date."""
-    processor = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            processor = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), processor)
-    facts = {"processor": processor, "threads": str(matmul.n_threads())}
-    try:
-        import threadpoolctl  # says which kernels OpenBLAS took; nothing else here needs it
-
-        for blas in threadpoolctl.threadpool_info():
-            if blas["user_api"] == "blas" and "numpy" in blas["filepath"]:
-                facts["blas"] = f"{blas['internal_api']} {blas['version']}, {blas['num_threads']} threads"
-                facts["kernels"] = blas.get("architecture", "unknown")
-    except ImportError:
-        facts["blas"] = "unknown (pip install threadpoolctl)"
-    return facts | {"python": platform.python_version(), "numpy": np.__version__, "date": str(datetime.date.today())}
-
-
-def as_markdown(rows: list[dict]) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row.get(name, "")) for name in columns) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def report(name: str, rows: list[dict], draw: Callable) -> None:
-    """Write FOLDER/name.csv, .png and .md, and print the table."""
-    import matplotlib  # only plots need it
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    os.makedirs(FOLDER, exist_ok=True)
-    facts = machine()
-    with open(os.path.join(FOLDER, f"{name}.csv"), "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    draw(axes)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.text(0, -0.04, "  ".join(facts.values()), fontsize=7, color="gray")
-    figure.savefig(os.path.join(FOLDER, f"{name}.png"), dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
-    text = f"### {name}\n\n{as_markdown(rows)}\n\n{', '.join(f'{k} {v}' for k, v in facts.items())}\n"
-    with open(os.path.join(FOLDER, f"{name}.md"), "w", encoding="utf-8") as f:
-        f.write(text)
-    print(text)
-
-
-def draw_bars(rows: list[dict], label: str, title: str, unit: str = "ms") -> Callable:
-    def draw(axes):
-        names, values = [str(row[label]) for row in rows], [row["ms"] for row in rows]
-        bars = axes.barh(names[::-1], values[::-1], color="#4878a8")
-        axes.bar_label(bars, fmt="%.4g", padding=3)
-        axes.set(xlabel=unit, title=title)
-
-    return draw
-
+from utils import load_encoder_hparams_and_params
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Beside the peers
@@ -327,7 +200,7 @@ def components(model_size: str = "random:124M", models_dir: str = "models", *, n
         gpt2.matmul = timed(
             lambda x, w: products.get(w.shape[1], "in MLP") if x.shape[-1] == n_embd else "in MLP", gpt2.matmul
         )
-        for position in [n_ctx * i // 1024 for i in (1, 128, 256, 512, 768, 1000)]:
+        for position in [max(1, n_ctx * i // 1024) for i in (1, 128, 256, 512, 768, 1000)]:
             kept = model.new_cache()
             model.forward([ids[:position]], kept)
             samples = []
@@ -461,7 +334,7 @@ def load(model_size: str = "tiny", models_dir: str = "models", *, n_times=5):
 # ----------------------------------------------------------------------------------------------------------------------
 
 PUBLISHED_ACCEPTANCE = 0.73  # of 124M's guesses for 1558M: 40 tokens in about 13.6 passes at 4 guesses
-LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10)
+LENGTHS = (1, 2, 3, 4, 6, 10)
 
 
 def drafters(
@@ -500,50 +373,61 @@ def drafters(
 
 
 def acceptance(
-    target_size: str = "random:1558M", draft_size: str = "random:124M", models_dir: str = "models", *, n_tokens=40
+    target_size: str = "random:1558M",
+    draft_size: str = "random:124M",
+    models_dir: str = "models",
+    *,
+    n_tokens=40,
+    n_times=3,
 ):
     """Speed-up by acceptance and draft length at real shapes: real passes, guesses right with a set probability."""
     target, draft = load_model(target_size, models_dir), load_model(draft_size, models_dir)
     prompt = random_ids(target, 10)
 
-    def timed(drafter):
-        started = time.perf_counter()
-        ids = []
+    def timed(drafter=None):
+        """(ids, seconds after the first, for which both ways take a pass over the prompt)"""
+        started, ids = 0.0, []
         for i in gpt2.generate(target, prompt, n_tokens, draft=drafter):
-            if not ids:
-                started = time.perf_counter()  # both ways take a pass over the prompt for the first token
+            started = started or time.perf_counter()
             ids.append(i)
         return ids, time.perf_counter() - started
 
-    timed(None)
-    plain_ids, plain_seconds = timed(None)
-    text, plain_step = prompt + plain_ids, plain_seconds / (n_tokens - 1)
-    table = [
-        {
-            "guesses": 0,
-            "seconds_a_round": round(plain_step, 4),
-            "tokens_a_round": 1.0,
-            "speedup": 1.0,
-            "identical": True,
-        }
-    ]
-    for n in LENGTHS:
-        rng = np.random.default_rng(n)
+    plain_ids, _ = timed()
+    text = prompt + plain_ids
 
-        def guess(logits, position, rng=rng):
+    def speculate(n, seed):
+        """(seconds of a round, its tokens, whether the text is the plain one)"""
+        rng = np.random.default_rng(seed)
+
+        def guess(logits, position):
             right = text[position] if position < len(text) else 0
             return right if rng.random() < PUBLISHED_ACCEPTANCE else (right + 1) % target.hparams["n_vocab"]
 
         recorder = speculative.Recorder(DraftModel(draft, n, guess))
-        timed(recorder)  # chooses the products for n + 1 rows
-        recorder.rounds.clear()
         ids, seconds = timed(recorder)
         n_rounds = len(recorder.rounds) - 1
-        row = {"guesses": n, "seconds_a_round": round(seconds / n_rounds, 4)}
-        row |= {"tokens_a_round": round((n_tokens - 1) / n_rounds, 2), "speedup": round(plain_seconds / seconds, 2)}
+        return seconds / n_rounds, (n_tokens - 1) / n_rounds, ids == plain_ids
+
+    for n in LENGTHS:
+        matmul.fastest_way(n + 1, target.sample)
+    plain_steps, runs = [], {n: [] for n in LENGTHS}
+    for turn in range(n_times):
+        plain_steps.append(timed()[1] / (n_tokens - 1))
+        for n in LENGTHS:
+            runs[n].append(speculate(n, seed=100 * turn + n))
+    plain_step = float(np.median(plain_steps))
+    table = [{"guesses": 0, "seconds_a_round": round(plain_step, 4), "speedup": 1.0, "identical": True}]
+    for n in LENGTHS:
+        seconds, tokens, identical = zip(*runs[n], strict=True)
         expected = (1 - PUBLISHED_ACCEPTANCE ** (n + 1)) / (1 - PUBLISHED_ACCEPTANCE)
-        row["speedup_expected"] = round(expected * plain_step / (seconds / n_rounds), 2)
-        table.append(row | {"identical": ids == plain_ids})
+        row = {"guesses": n, "seconds_a_round": round(float(np.median(seconds)), 4)}
+        row |= {"speedup": round(expected * plain_step / float(np.median(seconds)), 2)}
+        row |= {
+            "low": round(expected * plain_step / max(seconds), 2),
+            "high": round(expected * plain_step / min(seconds), 2),
+        }
+        row |= {"tokens_a_round": round(expected, 2), "tokens_that_came": round(float(np.mean(tokens)), 2)}
+        table.append(row | {"identical": all(identical)})
 
     def draw(axes):
         shares = np.linspace(0.5, 0.95, 46)

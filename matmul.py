@@ -25,6 +25,7 @@ the interpreter's lock costs what they save).
 import contextlib
 import ctypes
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -99,13 +100,12 @@ class Team:
             return
         try:
             self.hire(len(shares) - 1)
-            helpers = self.helpers[: len(shares) - 1]
-            for number, helper in enumerate(helpers, start=1):
-                helper.start(partial(work, number, shares[number]))
+            others = zip(self.helpers, range(1, len(shares)), strict=False)
+            jobs = [helper.start(partial(work, number, shares[number])) for helper, number in others]
             try:
                 work(0, shares[0])
             finally:
-                errors = [helper.join() for helper in helpers]
+                errors = [job.wait() for job in jobs]
             for error in filter(None, errors):
                 raise error
         finally:
@@ -133,14 +133,10 @@ class Team:
 
 
 class Helper:
-    """One thread and the two locks through which it gets work; half as slow as a concurrent.futures executor."""
+    """One thread that takes work from a queue. A concurrent.futures executor takes twice as long to hand it over."""
 
     def __init__(self):
-        self.go, self.done = threading.Lock(), threading.Lock()
-        self.go.acquire()
-        self.done.acquire()
-        self.work: Callable[[], None] = lambda: None
-        self.error: BaseException | None = None
+        self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self.core: set[int] = set()
         self.thread = threading.Thread(target=self.loop, daemon=True)
         self.thread.start()
@@ -152,18 +148,31 @@ class Helper:
 
     def loop(self) -> None:
         while True:
-            self.go.acquire()
-            try:
-                self.work()
-            except BaseException as e:  # raised again in the thread that gave the work
-                self.error = e
-            self.done.release()
+            self.jobs.get().do()
 
-    def start(self, work: Callable[[], None]) -> None:
-        self.work, self.error = work, None
-        self.go.release()
+    def start(self, work: Callable[[], None]) -> "Job":
+        job = Job(work)
+        self.jobs.put(job)
+        return job
 
-    def join(self) -> BaseException | None:
+
+class Job:
+    """Work of a helper, which may be abandoned: each has a lock of its own to wait for."""
+
+    def __init__(self, work: Callable[[], None]):
+        self.work = work
+        self.error: BaseException | None = None
+        self.done = threading.Lock()
+        self.done.acquire()
+
+    def do(self) -> None:
+        try:
+            self.work()
+        except BaseException as e:  # raised again in the thread that waits
+            self.error = e
+        self.done.release()
+
+    def wait(self) -> BaseException | None:
         self.done.acquire()
         return self.error
 

@@ -1,0 +1,72 @@
+"""Each table comes out, with figures that hold together; how fast the machine is, is no test."""
+
+import csv
+import os
+
+import numpy as np
+import pytest
+from conftest import MODELS, ROOT, random_model, run
+from reference import reference_logits
+
+import measure
+from peers import plain_forward
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed; the tables need it for their pictures")
+
+
+def table(tmp_path, *args):
+    done = run(os.path.join(ROOT, "benchmark.py"), *args, "--models_dir", MODELS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "benchmarks" / f"{args[0]}.csv", newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    assert (tmp_path / "benchmarks" / f"{args[0]}.png").read_bytes().startswith(b"\x89PNG")
+    assert f"### {args[0]}" in done.stdout and "kernels" in done.stdout
+    return rows
+
+
+def test_decode_compares_outputs_with_the_peers(tmp_path):
+    rows = table(tmp_path, "decode", "--model_size", "nano", "--n_times", "2")
+    plain = [row for row in rows if row["program"].startswith("plain NumPy")]
+    assert len(plain) == 2 and all(float(row["largest_difference"]) < 1e-4 for row in plain)
+
+
+def test_rows_names_the_way_of_each(tmp_path):
+    rows = table(tmp_path, "rows", "--model_size", "nano", "--n_times", "2")
+    assert [row["rows"] for row in rows] == ["1", "2", "4", "5", "8", "16", "stream, 1"]
+    assert rows[3]["way"] == "x @ w"  # nano is small
+
+
+def test_cache_has_every_point(tmp_path):
+    rows = table(tmp_path, "cache", "--model_size", "nano", "--n_points", "4")
+    assert [int(row["position"]) for row in rows] == [2, 172, 342, 512]
+    assert float(rows[-1]["without_ms"]) > float(rows[-1]["with_ms"]) > 0
+
+
+def test_components_add_up(tmp_path):
+    rows = table(tmp_path, "components", "--model_size", "nano", "--n_times", "2")
+    assert len(rows) == 6 and all(float(value) >= 0 for row in rows for value in row.values())
+
+
+def test_drafters_write_the_same_text(tmp_path):
+    rows = table(tmp_path, "drafters", "--n_tokens", "40", "--n_times", "1")
+    assert len(rows) == 12 and all(row["identical"] == "True" for row in rows)
+
+
+def test_an_unknown_command_lists_the_known():
+    done = run("benchmark.py", "speed")
+    assert done.returncode == 2 and "no command 'speed', expected one of decode, prefill" in done.stderr
+
+
+def test_random_shapes_are_named():
+    with pytest.raises(ValueError, match="no shapes for 'random:9B', expected random: and one of 124M"):
+        measure.load_model("random:9B")
+
+
+def test_the_plain_forward_is_the_reference():
+    model = random_model()
+    ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    expected = reference_logits(model, ids)
+    np.testing.assert_allclose(plain_forward(ids, model.params, 3), expected, rtol=0, atol=1e-4)
+    past = []
+    cached = [plain_forward(ids[i : i + 2], model.params, 3, past, every_row=False)[-1] for i in range(0, 8, 2)]
+    np.testing.assert_allclose(cached, expected[1::2], rtol=0, atol=1e-4)
