@@ -8,6 +8,7 @@ import pytest
 from conftest import MODELS, ROOT, run
 
 import gpt2
+from speculative import greedy_speculative_decoding
 from utils import MODEL_FILES, load_encoder_hparams_and_params
 
 MODELS_DIR = os.environ.get("GPT2_MODELS_DIR", MODELS)
@@ -52,6 +53,14 @@ def test_the_command_of_the_readme(size):
     golden = next(g for g in goldens("openai_greedy.json") if (g["size"], g["prompt"]) == (size, prompt))
     done = run("gpt2.py", prompt, "--n_tokens_to_generate", 40, "--model_size", size, "--models_dir", MODELS_DIR)
     assert (done.returncode, done.stdout) == (0, golden["text"])
+
+
+def test_speculation_gives_the_published_text():
+    """The user's own use: 124M guesses for 1558M, and the text is 1558M's."""
+    golden = next(g for g in goldens("openai_greedy.json") if g["size"] == "1558M")
+    _, target = openai_model("1558M")
+    _, draft = openai_model("124M")
+    assert greedy_speculative_decoding(target, draft, golden["prompt_ids"], golden["n"]) == golden["ids"]
 
 
 @pytest.mark.parametrize("golden", NUMBERS["logits_124M"])
