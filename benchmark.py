@@ -449,13 +449,19 @@ def acceptance(
     report("acceptance", table, draw)
 
 
+def speculation(models_dir: str = "models"):
+    """Both tables on speculation: the embedded pair with each drafter, and the real shapes by acceptance."""
+    drafters(models_dir=models_dir)
+    acceptance(models_dir=models_dir)
+
+
 def all_tables(model_size: str = "random:124M", models_dir: str = "models"):
     """Every table, and one Markdown file of them all."""
     for table in (decode, prefill, rows, components, ablation):
         table(model_size, models_dir)
-    for table in (cache, load, drafters):
+    for table in (cache, load):
         table("tiny", models_dir)
-    acceptance(models_dir=models_dir)
+    speculation(models_dir)
     names = ("decode", "prefill", "rows", "components", "ablation", "cache", "load", "drafters", "acceptance")
     with open(os.path.join(FOLDER, "all.md"), "w", encoding="utf-8") as f:
         for name in names:
@@ -466,7 +472,7 @@ def all_tables(model_size: str = "random:124M", models_dir: str = "models"):
 COMMANDS = {
     table.__name__: table for table in (decode, prefill, rows, cache, components, ablation, load, drafters, acceptance)
 }
-COMMANDS["all"] = all_tables
+COMMANDS |= {"speculative": speculation, "all": all_tables}
 
 if __name__ == "__main__":
     cli.run(COMMANDS)

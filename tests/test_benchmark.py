@@ -57,6 +57,13 @@ def test_an_unknown_command_lists_the_known():
     assert done.returncode == 2 and "no command 'speed', expected one of decode, prefill" in done.stderr
 
 
+def test_help_names_every_command():
+    done = run("benchmark.py", "--help")
+    assert done.returncode == 0
+    for name in ("decode", "prefill", "rows", "cache", "components", "ablation", "load", "speculative", "all"):
+        assert f"\n{name} " in "\n" + done.stdout
+
+
 def test_random_shapes_are_named():
     with pytest.raises(ValueError, match="no shapes for 'random:9B', expected random: and one of 124M"):
         measure.load_model("random:9B")
