@@ -72,9 +72,10 @@ def n_threads() -> int:
 
 def find_current_cpu() -> Callable[[], int] | None:
     try:
+        os.sched_setaffinity(0, os.sched_getaffinity(0))
         return ctypes.CDLL(None).sched_getcpu
     except (AttributeError, OSError, TypeError):
-        return None  # not Linux: no thread is moved
+        return None  # not Linux, or a sandbox that binds no threads: none is moved
 
 
 current_cpu = find_current_cpu()

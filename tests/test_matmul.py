@@ -203,6 +203,21 @@ def test_the_number_of_threads_is_respected(monkeypatch, name):
         assert mm.n_threads() == n_cores
 
 
+def test_a_sandbox_that_binds_no_threads_is_no_error():
+    code = """if True:
+        import os, numpy as np
+        def refuse(*args):
+            raise PermissionError
+        os.sched_setaffinity = refuse
+        import matmul as mm
+        x, w = np.ones((5, 768), np.float32), np.ones((768, 768), np.float32)
+        with mm.team.one_core_each():
+            assert (mm.split_k(x, w, mm.SINGLE_THREAD) == 768).all()
+    """
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_heads_with_few_rows_are_multiplied_by_rows():
     rng = np.random.default_rng(0)
     for n_rows in (1, 2, 16, 17):
