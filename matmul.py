@@ -17,22 +17,19 @@ ways once. A whole step of 124M on two cores of a Xeon took, in ms (OpenBLAS 0.3
     of padded rows                 43    43    42
 
 Tried and left out: one-row products over slabs in the cache (they read the L2 cache at 25 GB/s only), the transposed
-product (2.6 to 3 times one row), columns divided between the threads (1.15 times slabs of whole rows), threads bound
-to a core each (no faster, and a burden on other programs), and threads that spin rather than sleep (their fight for
-the interpreter's lock costs what they save).
+product (2.6 to 3 times one row), columns divided between the threads (1.15 times slabs of whole rows), and threads
+that spin rather than sleep (their fight for the interpreter's lock costs what they save).
 """
 
 import contextlib
-import ctypes
-import os
-import queue
 import threading
 import time
-from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
+
+from threads import team
 
 MAX_FEW_ROWS = 16
 MIN_SIZE = 1 << 19  # numbers in w; below, as in the embedded models, a hand-over to a thread costs more than it saves
@@ -45,149 +42,8 @@ SLAB_LIMITS = (SINGLE_THREAD, 10**6 - 1)
 HEAD_START = 1 << 17  # numbers of w that the calling thread has done before another is awake, after 20 to 50 us
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Threads
+# Products
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def cpus_by_core() -> list[set[int]]:
-    """The processors this process may use, those of one physical core together."""
-    cores: dict[str, set[int]] = {}
-    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1):
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as f:
-                cores.setdefault(f.read(), set()).add(cpu)
-        except OSError:  # no Linux, or a sandbox: count every processor
-            cores[str(cpu)] = {cpu}
-    return list(cores.values())
-
-
-CORES = cpus_by_core()
-
-
-def n_threads() -> int:
-    """Physical cores, or fewer if OMP_NUM_THREADS or OPENBLAS_NUM_THREADS says so."""
-    limits = (os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
-    return min([len(CORES), *(int(limit) for limit in limits if limit.isdecimal() and int(limit) > 0)])
-
-
-def find_current_cpu() -> Callable[[], int] | None:
-    try:
-        os.sched_setaffinity(0, os.sched_getaffinity(0))
-        return ctypes.CDLL(None).sched_getcpu
-    except (AttributeError, OSError, TypeError):
-        return None  # not Linux, or a sandbox that binds no threads: none is moved
-
-
-current_cpu = find_current_cpu()
-
-
-class Team:
-    """Threads that share a product. They are daemons: they never outlive the program."""
-
-    def __init__(self, n_threads: int):
-        self.n_threads = n_threads
-        self.busy = threading.Lock()
-        self.helpers: list[Helper] = []
-
-    def hire(self, n_helpers: int) -> None:
-        while len(self.helpers) < n_helpers:
-            self.helpers.append(Helper())
-
-    def run(self, work: Callable[[int, slice], None], shares: list[slice]) -> None:
-        """Call work(number, share) for all shares at once; one after another if the team is busy."""
-        if len(shares) == 1 or not self.busy.acquire(blocking=False):
-            for number, share in enumerate(shares):
-                work(number, share)
-            return
-        try:
-            self.hire(len(shares) - 1)
-            others = zip(self.helpers, range(1, len(shares)), strict=False)
-            jobs = [helper.start(partial(work, number, shares[number])) for helper, number in others]
-            try:
-                work(0, shares[0])
-            finally:
-                errors = [job.wait() for job in jobs]
-            for error in filter(None, errors):
-                raise error
-        finally:
-            self.busy.release()
-
-    @contextlib.contextmanager
-    def one_core_each(self):
-        """Keep this thread where it is, and the helpers off its core.
-
-        Linux likes to wake a thread where its waker runs, and leaves it there for a while although other processors
-        idle: a product of 5 rows with [768, 3072] then takes 1.0 ms instead of 0.55.
-        """
-        if current_cpu is None:
-            yield
-            return
-        self.hire(self.n_threads - 1)  # now: a thread inherits where its maker may run
-        cpu, allowed = current_cpu(), os.sched_getaffinity(0)
-        for helper, core in zip(self.helpers, (core for core in CORES if cpu not in core), strict=False):
-            helper.move(core)
-        os.sched_setaffinity(0, {cpu})
-        try:
-            yield
-        finally:
-            os.sched_setaffinity(0, allowed)
-
-
-class Helper:
-    """One thread that takes work from a queue. A concurrent.futures executor takes twice as long to hand it over."""
-
-    def __init__(self):
-        self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self.core: set[int] = set()
-        self.thread = threading.Thread(target=self.loop, daemon=True)
-        self.thread.start()
-
-    def move(self, core: set[int]) -> None:
-        if self.core != core:
-            os.sched_setaffinity(self.thread.native_id, core)
-            self.core = core
-
-    def loop(self) -> None:
-        while True:
-            self.jobs.get().do()
-
-    def start(self, work: Callable[[], None]) -> "Job":
-        job = Job(work)
-        self.jobs.put(job)
-        return job
-
-
-class Job:
-    """Work of a helper, which may be abandoned: each has a lock of its own to wait for."""
-
-    def __init__(self, work: Callable[[], None]):
-        self.work = work
-        self.error: BaseException | None = None
-        self.done = threading.Lock()
-        self.done.acquire()
-
-    def do(self) -> None:
-        try:
-            self.work()
-        except BaseException as e:  # raised again in the thread that waits
-            self.error = e
-        self.done.release()
-
-    def wait(self) -> BaseException | None:
-        self.done.acquire()
-        return self.error
-
-
-team = Team(n_threads())
-
-
-def new_team() -> None:
-    global team
-    team = Team(team.n_threads)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=new_team)  # a child has none of its parent's threads
 
 
 def shares(n: int, size: int) -> list[slice]:
@@ -196,11 +52,6 @@ def shares(n: int, size: int) -> list[slice]:
     first = n if n <= n_others else min(n, round((n + HEAD_START / size * n_others) / (n_others + 1)))
     edges = [0, *(first + (n - first) * i // max(1, n_others) for i in range(n_others + 1))]
     return [slice(start, stop) for start, stop in pairwise(edges) if start < stop]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Products
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1024)
@@ -266,12 +117,18 @@ def padded(x, w):  # [n_rows, n_in] @ [n_in, n_out] -> [n_rows, n_out]
 
 N_TIMINGS = 2
 MIN_GAIN = 0.05  # another way must be this much faster, so that noise never makes it slower than x @ w
-SETTLE_S = 0.03  # for so long after a product BLAS's own threads go on spinning, and take the cores
+SETTLE_S = 0.12  # for so long after a product BLAS's own threads go on spinning, and take the cores (threads.py)
 PLAIN, PADDED = "x @ w", "x @ w of padded rows"
 SLABS = {f"slabs of {limit} multiply-adds": partial(in_slabs, limit=limit) for limit in SLAB_LIMITS}
 WAYS = SLABS | {PLAIN: plain, PADDED: padded}  # slabs first, since BLAS's threads spin on
 fastest: dict[tuple, str] = {}  # (n_rows, shapes of the weights) -> the name of a way
-step = threading.local()  # .way: how the step of a model that this thread is in multiplies
+
+
+class Step(threading.local):
+    way = PLAIN  # how the step of a model that this thread is in multiplies
+
+
+step = Step()
 
 
 def seconds(way: str, pairs: list) -> float:
@@ -281,12 +138,16 @@ def seconds(way: str, pairs: list) -> float:
     return time.perf_counter() - started
 
 
+def is_large(weights: list[np.ndarray]) -> bool:
+    return min(w.size for w in weights) >= MIN_SIZE
+
+
 def fastest_way(n_rows: int, weights: list[np.ndarray]) -> str:
     """Time the ways to multiply `n_rows` rows with these matrices of one model, once, and remember the fastest.
 
     One way for all of them: BLAS's threads spin after each product, and would disturb ours in the next.
     """
-    if not 1 < n_rows <= MAX_FEW_ROWS or min(w.size for w in weights) < MIN_SIZE:
+    if not 1 < n_rows <= MAX_FEW_ROWS or not is_large(weights):
         return PLAIN
     key = n_rows, *(w.shape for w in weights)
     if key not in fastest:
@@ -311,7 +172,7 @@ def products_for(n_rows: int, weights: list[np.ndarray], is_draft: bool):
     way = fastest_way(n_rows, weights)
     if is_draft and n_rows == 1 and (few := fastest_way(2, weights)) in SLABS:
         way = few
-    before, step.way = getattr(step, "way", PLAIN), way
+    before, step.way = step.way, way
     try:
         with team.one_core_each() if way in SLABS else contextlib.nullcontext():
             yield
@@ -322,7 +183,7 @@ def products_for(n_rows: int, weights: list[np.ndarray], is_draft: bool):
 def matmul(x, w):  # [..., n_in] @ [n_in, n_out] -> [..., n_out]
     """x @ w, all rows in one product; w as it lies in the checkpoint, or the transpose of such."""
     rows = x.reshape(-1, x.shape[-1])
-    return WAYS[getattr(step, "way", PLAIN)](rows, w).reshape(*x.shape[:-1], w.shape[1])
+    return WAYS[step.way](rows, w).reshape(*x.shape[:-1], w.shape[1])
 
 
 def matmul_heads(a, b):  # [..., n_rows, k] @ [..., k, n] -> [..., n_rows, n]

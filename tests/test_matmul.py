@@ -6,6 +6,7 @@ import pytest
 from conftest import random_model, run
 
 import matmul as mm
+from threads import Team
 
 SHAPES = [
     (768, 2304),
@@ -24,7 +25,7 @@ ROWS = [1, 2, 5, 8, 16]
 
 @pytest.fixture(params=[1, 3])
 def team(request, monkeypatch):
-    monkeypatch.setattr(mm, "team", mm.Team(request.param))
+    monkeypatch.setattr(mm, "team", Team(request.param))
 
 
 def arrays(n_rows, n_in, n_out):
@@ -137,27 +138,6 @@ def test_a_drafts_single_rows_follow_its_few_rows_into_slabs(untimed, monkeypatc
         assert mm.step.way == mm.PLAIN
 
 
-def test_a_busy_team_leaves_the_work_to_its_caller():
-    team, done = mm.Team(2), []
-    team.busy.acquire()
-    team.run(lambda number, share: done.append((number, threading.get_ident())), [slice(0, 1), slice(1, 2)])
-    assert done == [(0, threading.get_ident()), (1, threading.get_ident())]
-
-
-@pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_in_any_thread_arrives(failing):
-    team = mm.Team(2)
-
-    def work(number, share):
-        if number == failing:
-            raise ZeroDivisionError(number)
-
-    for _ in range(3):  # and the team stays usable
-        with pytest.raises(ZeroDivisionError):
-            team.run(work, [slice(0, 1), slice(1, 2)])
-    team.run(lambda number, share: None, [slice(0, 1), slice(1, 2)])
-
-
 def test_products_from_several_threads_are_right():
     x, w = arrays(5, 768, 768)
     expected, wrong = x @ w, []
@@ -188,19 +168,6 @@ def test_a_forked_child_has_threads_of_its_own():
     """
     done = run("-W", "ignore::DeprecationWarning", "-c", code)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"])
-def test_the_number_of_threads_is_respected(monkeypatch, name):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
-    n_cores = mm.n_threads()
-    assert 1 <= n_cores <= (os.cpu_count() or 1)
-    monkeypatch.setenv(name, "1")
-    assert mm.n_threads() == 1
-    for unusable in ("0", "many", "", "100000"):
-        monkeypatch.setenv(name, unusable)
-        assert mm.n_threads() == n_cores
 
 
 def test_a_sandbox_that_binds_no_threads_is_no_error():
