@@ -17,7 +17,7 @@ import numpy as np
 
 import cli
 from matmul import MAX_FEW_ROWS, is_large, matmul, matmul_heads, products_for
-from sampling import NEAR_TIE, Sampler, greedy, is_whole, margin
+from sampling import NEAR_TIE, Sampler, for_text, greedy, is_whole, margin
 from threads import blas_controller, blas_on_one_thread, team
 from utils import load_encoder_hparams_and_params
 
@@ -302,6 +302,7 @@ def generate(
 
 def decode(model, tokens, n_tokens, sample, draft):
     cache = model.new_cache()
+    sample = for_text(sample, tokens)
     n_end = len(tokens) + n_tokens
     while len(tokens) < n_end:
         guesses = draft(tokens, n_end - len(tokens) - 1)

@@ -1,7 +1,8 @@
 """From logits to the next token id.
 
 A sampler is a callable (logits: float32[n_vocab], position: int) -> int; `position` is the index that the token will
-have in the text. It may also have `scores(logits, position) -> float[n_vocab]`, whose argmax it returns.
+have in the text. It may also have `scores(logits, position) -> float[n_vocab]`, whose argmax it returns, and
+`for_text(tokens) -> Sampler`: the same sampler reading a text, a list that the caller goes on appending to.
 
 Sampling adds Gumbel noise and takes the largest sum, which is an exact sample of softmax(logits) (Gumbel 1954;
 Maddison et al. 2014). The noise is a function of (seed, position) alone, so a draft and its target see the same noise,
@@ -24,6 +25,11 @@ NEAR_TIE = 1e-3
 def greedy(logits: np.ndarray, position: int) -> int:
     """The likeliest token; of equals the one with the lowest id."""
     return int(logits.argmax())
+
+
+def for_text(sample: Sampler, tokens: list[int]) -> Sampler:
+    """`sample`, reading `tokens` if it depends on the text: at every call all of the text so far, prompt included."""
+    return sample.for_text(tokens) if hasattr(sample, "for_text") else sample
 
 
 def margin(sample: Sampler, logits: np.ndarray, position: int) -> float:

@@ -24,7 +24,7 @@ import numpy as np
 import cli
 from adaptive import Adaptive, common_length
 from gpt2 import Drafter, Model, check_n_tokens, generate, peak_memory_gb, read_prompt
-from sampling import Sampler, check, greedy, is_whole, make_sampler, margin
+from sampling import Sampler, check, for_text, greedy, is_whole, make_sampler, margin
 from utils import load_encoder_hparams_and_params
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -63,10 +63,11 @@ class DraftModel:
         n_same = common_length(self.fed, tokens[:-1])
         self.cache.length = n_same
         self.fed = list(tokens)
+        sample = for_text(self.sample, self.fed)  # its own guesses are text to the draft, as they will be to the target
         new, guesses = tokens[n_same:], []
         while True:
             logits = self.model.forward([new], self.cache)[0, 0]
-            guesses.append(self.sample(logits, len(self.fed)))
+            guesses.append(sample(logits, len(self.fed)))
             if len(guesses) == n_guesses or (self.min_confidence and self.is_unsure(logits, guesses[-1])):
                 return guesses
             self.fed.append(guesses[-1])
@@ -169,6 +170,10 @@ class MarginRecorder:
     def __init__(self, sample: Sampler):
         self.sample = sample
         self.smallest = float("inf")
+
+    def for_text(self, tokens: list[int]) -> Sampler:
+        self.sample = for_text(self.sample, tokens)
+        return self
 
     def __call__(self, logits: np.ndarray, position: int) -> int:
         self.smallest = min(self.smallest, margin(self.sample, logits, position))

@@ -82,6 +82,35 @@ def test_every_drafter_gives_plain_text_on_random_models(n_draft):
             assert list(generate(TARGET, prompt, n_tokens, sample, limited(drafter))) == plain
 
 
+class Unrepeated:
+    """A sampler that depends on the text: greedy among the ids that are not in it."""
+
+    def __init__(self, tokens=None):
+        self.tokens = tokens
+
+    def for_text(self, tokens):
+        return Unrepeated(tokens)
+
+    def scores(self, logits, position):
+        assert len(self.tokens) == position
+        scores = logits.copy()
+        scores[[i for i in self.tokens if i < logits.size]] = -np.inf
+        return scores
+
+    def __call__(self, logits, position):
+        return int(self.scores(logits, position).argmax())
+
+
+@pytest.mark.parametrize("n_draft", [1, 4, 9])
+def test_a_sampler_may_read_the_text(n_draft):
+    prompt, sample = [3, 1, 4], Unrepeated()
+    plain = list(generate(TARGET, prompt, 38, sample))
+    assert len(set(prompt + plain)) == 41
+    for drafter in drafters(DRAFT, n_draft, sample, prompt + plain, len(prompt)):
+        assert list(generate(TARGET, prompt, 38, sample, drafter)) == plain
+    assert list(generate(TARGET, prompt, 38, speculative.MarginRecorder(sample))) == plain
+
+
 PROMPT_TEXT = inspect.cleandoc("""
     Before we proceed any further, hear me speak. ROMEO: O, what light? The king himself has said so, my good lord,
     and all the people of the city know that he will come to Rome at night with fire and sword; JULIET: nay, then
