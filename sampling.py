@@ -60,7 +60,8 @@ def keep_top_p(logits: np.ndarray, p: float) -> np.ndarray:  # [n_vocab] -> [n_v
 
 def gumbel_noise(seed: int, position: int, n: int) -> np.ndarray:  # -> float64[n]
     """Standard Gumbel noise for each id, the same for every call with this seed and position."""
-    uniform = np.random.Generator(np.random.Philox(key=[seed, position])).random(n)
+    key = np.array([seed, position], np.uint64)  # from a list, large seeds would be rounded to float64
+    uniform = np.random.Generator(np.random.Philox(key=key)).random(n)
     with np.errstate(divide="ignore"):  # 0 gives -inf, which is never the largest
         return -np.log(-np.log(uniform))
 

@@ -35,6 +35,8 @@ def test_noise_belongs_to_seed_and_position():
     assert (gumbel_noise(1, 2, 100)[:50] == gumbel_noise(1, 2, 50)).all()  # a draft may score fewer ids
     for other in (gumbel_noise(1, 3, 50), gumbel_noise(2, 2, 50)):
         assert not (gumbel_noise(1, 2, 50) == other).any()
+    largest = (1 << 64) - 1
+    assert not (gumbel_noise(largest, 2, 50) == gumbel_noise(largest - 1, 2, 50)).any()
 
 
 def test_noise_is_gumbel_distributed():
