@@ -13,6 +13,7 @@ speculative decoding).
 import math
 import secrets
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -32,9 +33,14 @@ def for_text(sample: Sampler, tokens: list[int]) -> Sampler:
     return sample.for_text(tokens) if hasattr(sample, "for_text") else sample
 
 
+def scores_of(sample: Sampler, logits: np.ndarray, position: int) -> np.ndarray:  # -> [n_vocab]
+    """What `sample` takes the largest of."""
+    return sample.scores(logits, position) if hasattr(sample, "scores") else logits
+
+
 def margin(sample: Sampler, logits: np.ndarray, position: int) -> float:
     """By how much the token that `sample` chooses is ahead of the next one, in units of the logits."""
-    scores = sample.scores(logits, position) if hasattr(sample, "scores") else logits
+    scores = scores_of(sample, logits, position)
     best = int(scores.argmax())
     rest = max(scores[:best].max(initial=-np.inf), scores[best + 1 :].max(initial=-np.inf))
     return float(scores[best] - rest)
@@ -58,6 +64,23 @@ def keep_top_p(logits: np.ndarray, p: float) -> np.ndarray:  # [n_vocab] -> [n_v
     return kept
 
 
+def keep_min_p(logits: np.ndarray, p: float) -> np.ndarray:  # [n_vocab] -> [n_vocab]
+    """-inf for all but the tokens with p times the highest probability or more (Nguyen et al. 2024)."""
+    return np.where(logits < logits.max() + math.log(p), -np.inf, logits)
+
+
+def penalize(logits: np.ndarray, tokens: list[int], penalty: float) -> np.ndarray:  # [n_vocab] -> [n_vocab]
+    """The logits of the ids in `tokens` divided by the penalty if positive, multiplied by it if negative.
+
+    Keskar et al. 2019 (CTRL) divide always, which would make a negative logit likelier.
+    """
+    ids = np.array(tokens, int)
+    ids = ids[ids < logits.size]  # a draft may score fewer
+    penalized = logits.copy()
+    penalized[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
+    return penalized
+
+
 def gumbel_noise(seed: int, position: int, n: int) -> np.ndarray:  # -> float64[n]
     """Standard Gumbel noise for each id, the same for every call with this seed and position."""
     key = np.array([seed, position], np.uint64)  # from a list, large seeds would be rounded to float64
@@ -67,36 +90,80 @@ def gumbel_noise(seed: int, position: int, n: int) -> np.ndarray:  # -> float64[
 
 
 class NoisySampler:
-    """Temperature, top-k and top-p, then Gumbel noise; see make_sampler."""
+    """Temperature, then filters, then Gumbel noise; see make_sampler."""
 
-    def __init__(self, temperature: float, top_k: int, top_p: float, seed: int):
-        self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
+    def __init__(self, temperature: float, filters: list[Callable[[np.ndarray], np.ndarray]], seed: int):
+        self.temperature, self.filters, self.seed = temperature, filters, seed
 
     def scores(self, logits: np.ndarray, position: int) -> np.ndarray:
-        """The filtered logits plus temperature times noise: ordered as logits / temperature + noise."""
-        if self.top_k:
-            logits = keep_top_k(logits, self.top_k)
-        if self.top_p < 1:
-            logits = self.temperature * keep_top_p(logits / self.temperature, self.top_p)
-        return logits + self.temperature * gumbel_noise(self.seed, position, logits.size)
+        """Temperature times the noisy filtered logits, so that they are in units of the logits."""
+        scores = np.subtract(logits, logits.max(), dtype=np.float64)
+        with np.errstate(over="ignore"):  # temperatures near 0 leave the likeliest at 0 and take others to -inf
+            scores /= self.temperature
+        for keep in self.filters:
+            scores = keep(scores)
+        scores += gumbel_noise(self.seed, position, logits.size)
+        scores *= self.temperature
+        return scores
 
     def __call__(self, logits: np.ndarray, position: int) -> int:
         return int(self.scores(logits, position).argmax())
 
 
-def make_sampler(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> Sampler:
-    """A sampler of softmax(logits / temperature) among the `top_k` likeliest and then the likeliest of mass `top_p`.
+class PenalizedSampler:
+    """A sampler of logits after the repetition penalty; `for_text` gives it the text. ValueError: it has none."""
 
-    temperature 0 is greedy, top_k 0 and top_p 1 keep every token, seed None takes one at random.
+    def __init__(self, sample: Sampler, penalty: float, tokens: list[int] | None = None):
+        self.sample, self.penalty, self.tokens = sample, penalty, tokens
+
+    def for_text(self, tokens: list[int]) -> Sampler:
+        return PenalizedSampler(self.sample, self.penalty, tokens)
+
+    def penalized(self, logits: np.ndarray) -> np.ndarray:
+        if self.tokens is None:
+            raise ValueError("the repetition penalty depends on the text: call for_text(sample, tokens) first")
+        return penalize(logits, self.tokens, self.penalty)
+
+    def scores(self, logits: np.ndarray, position: int) -> np.ndarray:
+        # The penalty magnifies what was rounded off the logits too, which `margin` measures the lead by.
+        return scores_of(self.sample, self.penalized(logits), position) / max(self.penalty, 1 / self.penalty)
+
+    def __call__(self, logits: np.ndarray, position: int) -> int:
+        return self.sample(self.penalized(logits), position)
+
+
+def make_sampler(
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+) -> Sampler:
+    """A sampler of softmax(logits / temperature) among the tokens that each filter in turn keeps.
+
+    The order is that of Hugging Face transformers: the repetition penalty, the temperature, the `top_k` likeliest, the
+    likeliest of mass `top_p`, those of `min_p` times the highest probability or more. temperature 0 is greedy; top_k 0,
+    top_p 1 and min_p 0 keep every token, repetition_penalty 1 is none, seed None takes one at random.
     ValueError: a value outside its range, named with the range.
     """
     check("temperature", temperature, is_number(temperature) and 0 <= temperature < math.inf, "a number of 0 or more")
     check("top_k", top_k, is_whole(top_k) and top_k >= 0, "a whole number of 0 (all) or more")
     check("top_p", top_p, is_number(top_p) and 0 < top_p <= 1, "a number above 0 and up to 1 (all)")
+    check("min_p", min_p, is_number(min_p) and 0 <= min_p <= 1, "a number from 0 (all) to 1")
+    is_penalty = is_number(repetition_penalty) and 0.01 <= repetition_penalty <= 100
+    check("repetition_penalty", repetition_penalty, is_penalty, "a number from 0.01 to 100, of which 1 is none")
     check("seed", seed, seed is None or (is_whole(seed) and 0 <= seed < 1 << 64), "a whole number from 0 to 2^64 - 1")
-    if temperature == 0:
-        return greedy
-    return NoisySampler(temperature, top_k, top_p, secrets.randbits(63) if seed is None else seed)
+    filters = []
+    if top_k:
+        filters.append(partial(keep_top_k, k=top_k))
+    if top_p < 1:
+        filters.append(partial(keep_top_p, p=top_p))
+    if min_p > 0:
+        filters.append(partial(keep_min_p, p=min_p))
+    seed = secrets.randbits(63) if seed is None else seed
+    sample = NoisySampler(temperature, filters, seed) if temperature else greedy
+    return sample if repetition_penalty == 1 else PenalizedSampler(sample, repetition_penalty)
 
 
 def check(name: str, value, is_valid: bool, expected: str) -> None:

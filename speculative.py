@@ -283,6 +283,8 @@ def main(
     temperature=0,
     top_k=0,
     top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
     seed=None,
     verify=False,
     stats=False,
@@ -302,6 +304,8 @@ def main(
     --temperature 0            0 takes the likeliest token; above, sample from softmax(logits / temperature)
     --top_k 0                  sample among the k likeliest only, 0: all
     --top_p 1.0                sample among the likeliest that together have this probability
+    --min_p 0.0                sample among those with this share of the highest probability or more
+    --repetition_penalty 1.0   above 1, make tokens that are in the text already less likely
     --seed N                   the same seed gives the same text, with any drafter and without
     --verify                   decode plainly too, compare, exit with 1 if the texts differ
     --stats                    rounds, acceptance, times and memory to stderr; --json: as one object
@@ -311,7 +315,7 @@ def main(
     check("drafter", drafter, drafter in ("model", "lookup", "both"), "model, lookup or both")
     check("n_draft", n_draft, n_draft is None or (is_whole(n_draft) and n_draft >= 0), "a whole number of 0 or more")
     check("n_gram", n_gram, is_whole(n_gram) and n_gram >= 1, "a whole number of 1 or more")
-    sample = make_sampler(temperature, top_k, top_p, seed)
+    sample = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     prompt = read_prompt(prompt)
     encoder, target = load_model(target_model_size, models_dir)
     recorder = Recorder(make_drafter(drafter, draft_model_size, encoder, models_dir, n_draft, n_gram, sample))

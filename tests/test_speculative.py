@@ -68,7 +68,13 @@ def limited(drafter):
 
 
 def samplers(seed):
-    return greedy, make_sampler(0.8, seed=seed), make_sampler(1.3, top_k=20, top_p=0.9, seed=seed)
+    return (
+        greedy,
+        make_sampler(0.8, seed=seed),
+        make_sampler(1.3, top_k=20, top_p=0.9, seed=seed),
+        make_sampler(0, repetition_penalty=1.3),
+        make_sampler(0.9, min_p=0.02, repetition_penalty=1.2, seed=seed),
+    )
 
 
 @pytest.mark.parametrize("n_draft", range(13))
@@ -127,7 +133,7 @@ def test_every_drafter_gives_plain_text_on_the_embedded_pair(tiny, nano, part):
     ids = encoder.encode(PROMPT_TEXT)
     for i in range(part, 50, 5):
         prompt = ids[i * 2 : i * 2 + 1 + i % 9]
-        sample = samplers(i)[i % 3]
+        sample = samplers(i)[i // 5 % 5]
         plain = list(generate(target, prompt, 100, sample))
         for drafter in drafters(draft, i % 13, sample, prompt + plain, len(prompt)):
             assert list(generate(target, prompt, 100, sample, drafter)) == plain
@@ -303,7 +309,15 @@ def test_verify_reports_identical_text(tiny, drafter, sampling):
     encoder, target = tiny
     done = run(*PAIR, "ROMEO:", "--drafter", drafter, "--verify", *sampling)
     assert done.returncode == 0 and "verified: 60 tokens identical" in done.stderr and "margin" in done.stderr
-    sample = make_sampler(0.9, 50, 0.95, 4) if sampling else greedy
+    sample = make_sampler(0.9, 50, 0.95, seed=4) if sampling else greedy
+    assert done.stdout == encoder.decode(generate(target, encoder.encode("ROMEO:"), 60, sample))
+
+
+def test_min_p_and_the_repetition_penalty_are_flags(tiny):
+    encoder, target = tiny
+    done = run(*PAIR, "ROMEO:", "--verify", "--temperature=1", "--min_p=0.1", "--repetition_penalty=1.3", "--seed=2")
+    assert done.returncode == 0 and "verified: 60 tokens identical" in done.stderr
+    sample = make_sampler(1, min_p=0.1, repetition_penalty=1.3, seed=2)
     assert done.stdout == encoder.decode(generate(target, encoder.encode("ROMEO:"), 60, sample))
 
 
@@ -353,6 +367,8 @@ def test_lookup_needs_no_draft_model():
         (["--drafter", "oracle"], "drafter is 'oracle', expected model, lookup or both"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--top_p", "2"], "top_p is 2"),
+        (["--min_p", "2"], "min_p is 2"),
+        (["--repetition_penalty", "0"], "repetition_penalty is 0"),
         (["--seed", "1.5"], "seed is 1.5"),
         (["--n_tokens_to_generate", "0"], "0 tokens to generate"),
         (["--n_tokens_to_generate", "600"], "exceed the context of 512"),
