@@ -164,6 +164,23 @@ class KVCache:
     def advance(self, n_new: int) -> None:
         self._length += n_new
 
+    def take(self, rows: Sequence[int], n_same: int = 0) -> None:
+        """Go on with these batch rows: as many as are named, each as often as it is named. IndexError: no such row.
+
+        `n_same`: the rows hold the same up to this position, which need not be copied while their number stays.
+        """
+        rows, moved = np.asarray(rows), np.arange(len(rows))
+        old = [*self.keys, *self.values]
+        n_layer, n_batch, *shape = self.keys.shape
+        if len(rows) == n_batch:
+            moved = moved[rows != moved]
+        else:
+            self.keys, self.values = (np.empty((n_layer, len(rows), *shape), np.float32) for _ in range(2))
+            n_same = 0
+        used = slice(n_same, self._length)
+        for new, source in zip([*self.keys, *self.values], old, strict=True):  # by layers: indexing makes a copy
+            new[moved, :, used] = source[rows[moved], :, used]
+
 
 class Part(KVCache):
     """A cache as it is for some of the new tokens, which pass through the layers beside those of `before`."""

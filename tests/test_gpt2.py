@@ -74,6 +74,32 @@ def test_a_cache_only_rolls_back(length):
         cache.length = length
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0, 1], [1, 1, 1], [2, 2, 0], [0, 1], [2], [1, 0, 2, 2, 0, 1]])
+@pytest.mark.parametrize("n_same", [0, 4])
+def test_taken_rows_of_a_cache_equal_fresh_ones(rows, n_same):
+    texts = np.random.default_rng(4).integers(61, size=(3, 12))
+    texts[:, :n_same] = texts[0, :n_same]
+    taken, fresh = MODEL.new_cache(n_batch=3), MODEL.new_cache(n_batch=len(rows))
+    MODEL.forward(texts[:, :10], taken)
+    MODEL.forward(texts[rows, :10], fresh)
+    taken.take(rows, n_same)
+    assert taken.length == 10 and taken.keys.shape == fresh.keys.shape
+    for name in ("keys", "values"):
+        used = [getattr(cache, name)[..., :10, :] for cache in (taken, fresh)]
+        np.testing.assert_allclose(*used, rtol=0, atol=1e-5)
+    after = [MODEL.forward(texts[rows, 10:], cache, n_last=2) for cache in (taken, fresh)]
+    np.testing.assert_allclose(*after, rtol=0, atol=1e-4)
+
+
+def test_taking_rows_copies_only_what_differs():
+    cache = MODEL.new_cache(n_batch=2)
+    MODEL.forward([IDS[:6], IDS[6:12]], cache)
+    before = cache.keys.copy()
+    cache.take([1, 1], n_same=4)
+    assert (cache.keys[:, :, :, :4] == before[:, :, :, :4]).all()
+    assert (cache.keys[:, 0, :, 4:6] == before[:, 1, :, 4:6]).all()
+
+
 def test_everything_is_float32():
     seen = []
 
