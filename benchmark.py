@@ -25,6 +25,7 @@ from measure import FOLDER, draw_bars, in_turn, load_model, milliseconds, random
 from peers import PEERS, plain_forward
 from sampling import make_sampler
 from speculative import DraftModel, FirstOf, PromptLookup
+from stats import n_bytes
 from utils import load_encoder_hparams_and_params
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def decode(model_size: str = "random:124M", models_dir: str = "models", *, n_tim
     """One token at positions 10 and 900: this program, the stream of its weights, the peers."""
     model = load_model(model_size, models_dir)
     peers = installed_peers(model)
-    n_bytes = gpt2.n_bytes(model.params)
+    weight_bytes = n_bytes(model.params)
     rows = []
     for position in (10, model.hparams["n_ctx"] * 900 // 1024):
         ids = random_ids(model, position + 1)
@@ -67,8 +68,8 @@ def decode(model_size: str = "random:124M", models_dir: str = "models", *, n_tim
         kv_bytes = 2 * position * model.hparams["n_embd"] * model.hparams["n_layer"] * 4
         for name, values in times.items():
             row = {"position": position, "program": name} | milliseconds(values)
-            row["gb_per_s"] = round((n_bytes + kv_bytes * (name == "this program")) / np.median(values) / 1e9, 1)
-            row["of_stream"] = round(row["gb_per_s"] * base / n_bytes * 1e9, 3)
+            row["gb_per_s"] = round((weight_bytes + kv_bytes * (name == "this program")) / np.median(values) / 1e9, 1)
+            row["of_stream"] = round(row["gb_per_s"] * base / weight_bytes * 1e9, 3)
             if name in logits:
                 row["largest_difference"] = f"{np.abs(logits[name] - logits['this program']).max():.1e}"
             rows.append(row)
@@ -303,12 +304,14 @@ def ablation(model_size: str = "random:124M", models_dir: str = "models", *, n_p
 def load(model_size: str = "tiny", models_dir: str = "models", *, n_times=5):
     """Time and memory of a process to its first token, and of one that reads the checkpoint with TensorFlow."""
     prefix = os.path.join(models_dir, model_size, "model.ckpt")
-    first_token = f"import gpt2; e, h, p = gpt2.load_encoder_hparams_and_params({model_size!r}, {models_dir!r}); "
-    first_token += "next(gpt2.generate(gpt2.Model(h, p), [0], 1)); print(gpt2.peak_memory_gb())"
-    tensorflow = f"import gpt2, tensorflow as tf; r = tf.train.load_checkpoint({prefix!r}); "
-    tensorflow += "{n: r.get_tensor(n) for n in r.get_variable_to_shape_map()}; print(gpt2.peak_memory_gb())"
+    first_token = (
+        f"import gpt2, stats, utils; e, h, p = utils.load_encoder_hparams_and_params({model_size!r}, {models_dir!r}); "
+    )
+    first_token += "next(gpt2.generate(gpt2.Model(h, p), [0], 1)); print(stats.peak_memory_gb())"
+    tensorflow = f"import stats, tensorflow as tf; r = tf.train.load_checkpoint({prefix!r}); "
+    tensorflow += "{n: r.get_tensor(n) for n in r.get_variable_to_shape_map()}; print(stats.peak_memory_gb())"
     programs = {
-        "import numpy alone": "import numpy, gpt2; print(gpt2.peak_memory_gb())",
+        "import numpy alone": "import numpy, stats; print(stats.peak_memory_gb())",
         "this program, to its first token": first_token,
         "TensorFlow, reading the weights": tensorflow,
     }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 # The statuses that shells give to programs ended by these signals: 128 + 2 and 128 + 13.
 INTERRUPTED, BROKEN_PIPE = 130, 141
+SEPARATOR = "\0"
 
 
 def typed(text: str) -> str:
@@ -21,26 +22,35 @@ def typed(text: str) -> str:
     return text
 
 
+def typed_list(text: str) -> list[str]:
+    return text.split(SEPARATOR)
+
+
 def join_values(argv: list[str], parameters: dict[str, inspect.Parameter]) -> list[str]:
     """`--name value` as `--name=value`, `--name` of a yes-or-no flag as `--name=True`, `-- text` as the first argument.
 
-    So no value is taken for a flag, whatever it begins with, and no flag swallows the prompt.
+    So no value is taken for a flag, whatever it begins with, and no flag swallows the prompt. The values of a flag that
+    may be repeated come in one, with NUL between them, which no argument can hold.
     """
-    joined, rest = [], iter(argv)
+    joined, rest, repeated = [], iter(argv), {}
     for arg in rest:
-        name = arg.removeprefix("--").replace("-", "_")
+        flag, is_given, value = arg.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
         if arg == "--":
             joined += [f"--{next(iter(parameters))}={text}" for text in rest]
         elif not arg.startswith("--") or name not in parameters:
             joined.append(arg)
-        elif isinstance(parameters[name].default, bool):
+        elif isinstance(parameters[name].default, bool) and not is_given:
             joined.append(f"{arg}=True")
         else:
-            value = next(rest, None)
+            value = value if is_given else next(rest, None)
             if value is None:
                 fail(f"{arg} needs a value; --help lists the flags", status=2)
-            joined.append(f"{arg}={value}")
-    return joined
+            if parameters[name].annotation == list[str]:
+                repeated.setdefault(flag, []).append(value)
+            else:
+                joined.append(f"{flag}={value}")
+    return joined + [f"{flag}={SEPARATOR.join(values)}" for flag, values in repeated.items()]
 
 
 def parse_arguments(command: Callable, argv: list[str]) -> dict:
@@ -48,7 +58,8 @@ def parse_arguments(command: Callable, argv: list[str]) -> dict:
     import fire
 
     parameters = dict(inspect.signature(command).parameters)
-    texts = [name for name, p in parameters.items() if p.annotation in (str, str | None)]
+    parsers = {name: typed for name, p in parameters.items() if p.annotation in (str, str | None)}
+    parsers |= {name: typed_list for name, p in parameters.items() if p.annotation == list[str]}
     bound: dict = {}
 
     @functools.wraps(command)
@@ -56,14 +67,33 @@ def parse_arguments(command: Callable, argv: list[str]) -> dict:
         bound.update(inspect.signature(command).bind(*args, **kwargs).arguments)
 
     # fire ends a call's arguments at a separator, "-" unless told; no argument can hold a NUL.
-    argv = [*join_values(argv, parameters), "--", "--separator=\0"]
+    argv = [*join_values(argv, parameters), "--", f"--separator={SEPARATOR}"]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # fire's own message is a page
-            fire.Fire(fire.decorators.SetParseFns(**dict.fromkeys(texts, typed))(bind), command=argv)
+            fire.Fire(fire.decorators.SetParseFns(**parsers)(bind), command=argv)
     except fire.core.FireExit as e:
         problem = e.trace.elements[-1].ErrorAsStr()
         fail(f"{problem}; --help lists the flags, and -- stands before text that begins with a dash", status=2)
     return bound
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The prompt as typed, or from stdin, less the line end that `echo` adds. ValueError: there is none."""
+    if prompt not in (None, "-"):
+        return prompt
+    if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+        raise ValueError('no prompt: give it as the first argument, as in gpt2.py "Hello", or pipe it in')
+    text = sys.stdin.buffer.read().decode("utf-8", "replace")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def read_file(path: str) -> str:
+    """The text of a file, or of stdin for "-". ValueError: it is not UTF-8."""
+    data = sys.stdin.buffer.read() if path == "-" else open(path, "rb").read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); convert it, as with iconv") from e
 
 
 def write_text(pieces: Iterable[str]) -> None:

@@ -6,25 +6,20 @@ Follows Radford et al. 2019 and openai/gpt-2's src/model.py, in the manner of pi
 """
 
 import math
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
-from itertools import pairwise, takewhile
-from queue import SimpleQueue
+from functools import lru_cache, partial
 
 import numpy as np
 
 import cli
-from matmul import MAX_FEW_ROWS, is_large, matmul, matmul_heads, products_for
-from sampling import NEAR_TIE, Sampler, for_text, greedy, is_whole, margin
-from threads import blas_controller, blas_on_one_thread, team
-from utils import load_encoder_hparams_and_params
+from kv_cache import MASKED, KVCache
+from matmul import MAX_FEW_ROWS, matmul, matmul_heads, products_for
+from parts import can_share, in_parts
+from sampling import NEAR_TIE, Sampler, check, for_text, greedy, is_whole, margin
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
-MASKED = -1e10  # added to the score of a key that may not be seen; -inf would give NaN where every key is masked
 N_QUERIES = 128  # attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
-MIN_PART = 256  # rows for each thread to carry; with fewer, BLAS's threads are as fast
+N_SCORED = 256  # rows of logits that `score` has at once
 N_GELU = 1 << 14  # numbers at once, so that the passes over them stay within the cache
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,31 +59,33 @@ def linear(x, w, b):  # [..., n_in] -> [..., n_out]
     return y
 
 
-@cache
+@lru_cache(maxsize=32)
 def causal_mask(n):  # -> [n, n]
     return np.triu(np.full((n, n), MASKED, np.float32), 1)
 
 
-def attend(q, k, v):  # [..., n_rows, d_head], [..., n_seq, d_head] twice -> [..., n_rows, d_head]
-    """Scaled dot-product attention of the last n_rows positions, each seeing itself and what is before it."""
+def attend(q, k, v, hidden=None):  # [..., n_rows, d_head], [..., n_seq, d_head] twice -> [..., n_rows, d_head]
+    """Scaled dot-product attention of the last n_rows positions, each seeing itself and what is before it.
+
+    `hidden`, float32[..., 1, n_seq], is added to the scores: MASKED for keys that are padding.
+    """
     n_rows = q.shape[-2]
     if n_rows <= MAX_FEW_ROWS:
-        return attend_block(q, k, v)
+        return attend_block(q, k, v, hidden)
     n_past = k.shape[-2] - n_rows
     out = np.empty_like(q)
+    hidden = None if hidden is None else np.broadcast_to(hidden, (*q.shape[:-2], 1, k.shape[-2]))
     for head in np.ndindex(q.shape[:-2]):  # one head and N_QUERIES at a time: their scores stay within the cache
         for start in range(0, n_rows, N_QUERIES):
             rows = slice(start, min(start + N_QUERIES, n_rows))
             seen = slice(0, n_past + rows.stop)
-            out[head][rows] = attend_block(q[head][rows], k[head][seen], v[head][seen])
+            mask = None if hidden is None else hidden[head][:, seen]
+            out[head][rows] = attend_block(q[head][rows], k[head][seen], v[head][seen], mask)
     return out
 
 
-def attend_block(q, k, v):  # as attend
-    n_rows, d_head = q.shape[-2:]
-    scores = matmul_heads(q * d_head**-0.5, k.swapaxes(-1, -2))
-    if n_rows > 1:
-        scores[..., -n_rows:] += causal_mask(n_rows)
+def attend_block(q, k, v, hidden):  # as attend
+    scores = attention_scores(q, k, hidden)
     # softmax(scores) @ v, the division by the sum last, where there is less to divide
     scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
@@ -97,135 +94,60 @@ def attend_block(q, k, v):  # as attend
     return out
 
 
-def attention(x, remember, n_head, n_rows, c_attn, c_proj):  # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]
+def attention_scores(q, k, hidden):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [..., n_rows, n_seq]
+    n_rows, d_head = q.shape[-2:]
+    scores = matmul_heads(q * d_head**-0.5, k.swapaxes(-1, -2))
+    if n_rows > 1:
+        scores[..., -n_rows:] += causal_mask(n_rows)
+    if hidden is not None:
+        scores += hidden
+    return scores
+
+
+def attention(x, attend, n_head, n_rows, c_attn, c_proj):  # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]
     n_batch, n_new, n_embd = x.shape
     qkv = linear(x, **c_attn).reshape(n_batch, n_new, 3, n_head, n_embd // n_head)
     q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each [n_batch, n_head, n_new, d_head]
-    heads = attend(q[:, :, n_new - n_rows :], *remember(k, v))
+    heads = attend(q[:, :, n_new - n_rows :], k, v)
     return linear(heads.swapaxes(1, 2).reshape(n_batch, n_rows, n_embd), **c_proj)
+
+
+def remember_and_attend(cache, layer, q, k, v):  # as attend, to the keys of the past too
+    k, v = cache.append(layer, k, v)
+    hidden = cache.hidden(k.shape[2])
+    cache.note(layer, q=q, k=k, hidden=hidden)
+    return attend(q, k, v, hidden)
 
 
 def feed_forward(x, c_fc, c_proj):  # [..., n_embd] -> [..., n_embd]
     return linear(gelu(linear(x, **c_fc)), **c_proj)
 
 
-def transformer_block(x, remember, n_head, n_rows, attn, ln_1, ln_2, mlp):
+def transformer_block(x, attend, n_head, n_rows, attn, ln_1, ln_2, mlp):
     # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]: keys and values of all, the rest of the last rows only
-    x = x[:, x.shape[1] - n_rows :] + attention(layer_norm(x, **ln_1), remember, n_head, n_rows, **attn)
+    x = x[:, x.shape[1] - n_rows :] + attention(layer_norm(x, **ln_1), attend, n_head, n_rows, **attn)
     x += feed_forward(layer_norm(x, **ln_2), **mlp)
     return x
+
+
+def embed(tokens, positions, wte, wpe):  # int[n_batch, n_new] -> [n_batch, n_new, n_embd]
+    return wte[tokens] + wpe[positions]
 
 
 def gpt2(tokens, cache, n_last, n_head, n_scored, wte, wpe, blocks, ln_f):
     # int[n_batch, n_new] -> [n_batch, n_last, n_scored]
     n_new = tokens.shape[1]
-    x = wte[tokens] + wpe[cache.length : cache.length + n_new]
+    x = embed(tokens, cache.positions(n_new), wte, wpe)
     for i, params in enumerate(blocks):
+        cache.note(i, x=x)
         n_rows = n_last if i == len(blocks) - 1 else n_new  # later blocks need every row, the output only the last
-        x = transformer_block(x, partial(cache.append, i), n_head, n_rows, **params)
+        x = transformer_block(x, partial(remember_and_attend, cache, i), n_head, n_rows, **params)
     return matmul(layer_norm(x, **ln_f), wte[:n_scored].T)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # State
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class KVCache:
-    """The keys and values of the tokens fed so far: float32[n_layer, n_batch, n_head, n_ctx, d_head], `length` used.
-
-    A fresh one is "no cache". Setting `length` back forgets the tokens after it.
-    """
-
-    def __init__(self, hparams: dict, n_batch: int = 1):
-        n_head, d_head = hparams["n_head"], hparams["n_embd"] // hparams["n_head"]
-        shape = (hparams["n_layer"], n_batch, n_head, hparams["n_ctx"], d_head)
-        self.keys = np.empty(shape, np.float32)
-        self.values = np.empty(shape, np.float32)
-        self._length = 0
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    @length.setter
-    def length(self, length: int) -> None:
-        if not 0 <= length <= self._length:
-            raise ValueError(f"length {length} is not in 0 to {self._length}, what the cache holds: it only rolls back")
-        self._length = length
-
-    def append(self, layer, k, v):  # 2 of [n_batch, n_head, n_new, d_head] -> 2 of [n_batch, n_head, n_seq, d_head]
-        """Store a layer's keys and values of the new tokens, return all it has; `advance` counts them, once."""
-        stop = self._length + k.shape[2]
-        self.keys[layer, :, :, self._length : stop] = k
-        self.values[layer, :, :, self._length : stop] = v
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
-
-    def advance(self, n_new: int) -> None:
-        self._length += n_new
-
-    def take(self, rows: Sequence[int], n_same: int = 0) -> None:
-        """Go on with these batch rows: as many as are named, each as often as it is named. IndexError: no such row.
-
-        `n_same`: the rows hold the same up to this position, which need not be copied while their number stays.
-        """
-        rows, moved = np.asarray(rows), np.arange(len(rows))
-        old = [*self.keys, *self.values]
-        n_layer, n_batch, *shape = self.keys.shape
-        if len(rows) == n_batch:
-            moved = moved[rows != moved]
-        else:
-            self.keys, self.values = (np.empty((n_layer, len(rows), *shape), np.float32) for _ in range(2))
-            n_same = 0
-        used = slice(n_same, self._length)
-        for new, source in zip([*self.keys, *self.values], old, strict=True):  # by layers: indexing makes a copy
-            new[moved, :, used] = source[rows[moved], :, used]
-
-
-class Part(KVCache):
-    """A cache as it is for some of the new tokens, which pass through the layers beside those of `before`."""
-
-    def __init__(self, cache: KVCache, start: int, before: "Part | None"):
-        self.keys, self.values, self._length = cache.keys, cache.values, start
-        self.before = before
-        self.stored: SimpleQueue[bool] = SimpleQueue()  # True for each layer; then False
-
-    def append(self, layer, k, v):
-        """As KVCache.append, once the parts before have stored this layer too."""
-        seen = super().append(layer, k, v)
-        if self.before and not self.before.stored.get():
-            raise RuntimeError("the part before this one failed")
-        self.stored.put(True)
-        return seen
-
-
-def equal_work(n_new, n_past, n_embd, n_parts):  # -> n_parts slices of range(n_new)
-    """The row at position p costs 24 n_embd^2 additions and products, and attention the time of 8 n_embd p."""
-    work = np.cumsum(3 * n_embd + n_past + np.arange(n_new))
-    edges = np.searchsorted(work, work[-1] * np.arange(1, n_parts) / n_parts)
-    return [slice(int(start), int(stop)) for start, stop in pairwise([0, *edges, n_new])]
-
-
-def gpt2_in_parts(tokens, cache, n_last, shares, **params):  # int[n_batch, n_new] -> [n_batch, n_last, n_scored]
-    """gpt2 with the rows of each share on a thread of its own.
-
-    A token sees only those before it, so all a part needs of the others are the keys and values of those before. BLAS
-    has one thread meanwhile: its own threads share the products only. 1000 tokens of 124M take 480 ms instead of 680.
-    """
-    parts: list[Part] = []
-    for share in shares:
-        parts.append(Part(cache, cache.length + share.start, parts[-1] if parts else None))
-    logits = [None] * len(parts)
-
-    def work(number, share):
-        n_rows = max(0, min(share.stop - share.start, n_last - (tokens.shape[1] - share.stop)))
-        try:
-            logits[number] = gpt2(tokens[:, share], parts[number], n_rows, **params)
-        finally:
-            parts[number].stored.put(False)
-
-    team.run(work, shares, blas_on_one_thread)
-    return np.concatenate(logits, axis=1)
 
 
 class Model:
@@ -245,7 +167,9 @@ class Model:
         self.sample = [attn["c_attn"]["w"], attn["c_proj"]["w"], mlp["c_fc"]["w"], mlp["c_proj"]["w"], wte.T]
 
     def new_cache(self, n_batch: int = 1) -> KVCache:
-        return KVCache(self.hparams, n_batch)
+        n_head, d_head = self.hparams["n_head"], self.hparams["n_embd"] // self.hparams["n_head"]
+        shape = (self.hparams["n_layer"], n_batch, n_head, self.hparams["n_ctx"], d_head)
+        return KVCache(np.empty(shape, np.float32), np.empty(shape, np.float32))
 
     def forward(self, tokens, cache: KVCache, n_last: int = 1) -> np.ndarray:
         """Feed `tokens`, int[n_batch, n_new], after those in `cache`; return float32[n_batch, n_last, n_vocab].
@@ -267,13 +191,12 @@ class Model:
             raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {n_vocab - 1}")
         if cache.length + n_new > n_ctx:
             raise ValueError(f"{cache.length} tokens and {n_new} more exceed the context of {n_ctx}; feed fewer")
-        params = {"n_head": self.hparams["n_head"], "n_scored": self.n_scored} | self.params
-        if n_new >= MIN_PART * team.n_threads > MIN_PART and is_large(self.sample) and blas_controller():
-            shares = equal_work(n_new, cache.length, self.hparams["n_embd"], team.n_threads)
-            logits = gpt2_in_parts(tokens, cache, n_last, shares, **params)
+        forward = partial(gpt2, n_head=self.hparams["n_head"], n_scored=self.n_scored, **self.params)
+        if can_share(n_new, cache, self.sample):
+            logits = in_parts(forward, tokens, cache, n_last, self.hparams["n_embd"])
         else:
             with products_for(n_batch * n_new, self.sample, self.is_draft):
-                logits = gpt2(tokens, cache, n_last, **params)
+                logits = forward(tokens, cache, n_last)
         cache.advance(n_new)
         return logits
 
@@ -288,16 +211,19 @@ def check_n_tokens(n_tokens: int) -> None:
         raise ValueError(f"{n_tokens!r} tokens to generate, expected a whole number of 1 or more")
 
 
-def check_request(model: Model, prompt_ids: Sequence[int], n_tokens: int) -> None:
+def check_request(model: Model, prompt_ids: Sequence[int], n_tokens: int, slide_by: int | None = None) -> None:
     """ValueError unless `n_tokens` can be generated after `prompt_ids`. The last token is never fed."""
     check_n_tokens(n_tokens)
     n_ctx = model.hparams["n_ctx"]
     if not len(prompt_ids):
         raise ValueError("the prompt has no tokens, expected 1 or more; start from the id of <|endoftext|>")
-    if len(prompt_ids) + n_tokens > n_ctx + 1:
+    if slide_by is not None:
+        is_part = is_whole(slide_by) and 1 <= slide_by <= n_ctx
+        check("slide_by", slide_by, is_part, f"a whole number from 1 to {n_ctx}, the context")
+    elif len(prompt_ids) + n_tokens > n_ctx + 1:
         raise ValueError(
             f"{len(prompt_ids)} prompt tokens and {n_tokens} new ones exceed the context of {n_ctx}: "
-            f"at most {max(0, n_ctx + 1 - len(prompt_ids))} new ones fit; shorten the prompt or ask for fewer"
+            f"at most {max(0, n_ctx + 1 - len(prompt_ids))} new ones fit; shorten the prompt, ask for fewer, or slide"
         )
 
 
@@ -307,129 +233,124 @@ def generate(
     n_tokens: int,
     sample: Sampler = greedy,
     draft: Drafter | None = None,
+    slide_by: int | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[int]:
     """Yield `n_tokens` ids that follow `prompt_ids`, each chosen by `sample` from the model's logits.
 
     `draft` guesses tokens ahead, which are checked in one pass: the text is the same, only the time differs.
-    ValueError, before any work: no prompt, n_tokens below 1, or more than the context has room for.
+    `slide_by`: when the context is full, forget the oldest tokens, so many at a time, and compute the rest anew.
+    `cache` may hold the first of the prompt's tokens already. ValueError, before any work: no prompt, n_tokens below 1,
+    or, without `slide_by`, more than the context has room for.
     """
-    check_request(model, prompt_ids, n_tokens)
-    return decode(model, list(prompt_ids), n_tokens, sample, draft or (lambda tokens, n_max: []))
+    check_request(model, prompt_ids, n_tokens, slide_by)
+    cache = cache or model.new_cache()
+    return (i for _, i in decode(model, cache, [list(prompt_ids)], n_tokens, [sample], draft, slide_by))
 
 
-def decode(model, tokens, n_tokens, sample, draft):
-    cache = model.new_cache()
-    sample = for_text(sample, tokens)
-    n_end = len(tokens) + n_tokens
-    while len(tokens) < n_end:
-        guesses = draft(tokens, n_end - len(tokens) - 1)
-        logits = model.forward([tokens[cache.length :] + guesses], cache, n_last=len(guesses) + 1)
-        for row, guess in zip(logits[0], [*guesses, None], strict=True):
-            if guesses and margin(sample, row, len(tokens)) < NEAR_TIE:
-                cache.length = len(tokens) - 1
-                row, guess = model.forward([tokens[-1:]], cache)[0, 0], None  # alone, and the round ends
-            tokens.append(sample(row, len(tokens)))
-            yield tokens[-1]
-            if tokens[-1] != guess:
-                break
-        cache.length = len(tokens) - 1  # the newest token has not been fed, rejected guesses are forgotten
+def generate_batch(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    n_tokens: int,
+    sample: Sampler | Sequence[Sampler] = greedy,
+    slide_by: int | None = None,
+    is_end: Callable[[list[int]], bool] = lambda ids: False,
+) -> list[list[int]]:
+    """The ids that `generate` yields after each of `prompts`, all computed together: weights are read once for all.
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def read_prompt(prompt: str | None) -> str:
-    """The prompt as typed, or from stdin, less the line end that `echo` adds. ValueError: there is none."""
-    if prompt not in (None, "-"):
-        return prompt
-    if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
-        raise ValueError('no prompt: give it as the first argument, as in gpt2.py "Hello", or pipe it in')
-    text = sys.stdin.buffer.read().decode("utf-8", "replace")
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def n_bytes(params) -> int:
-    """Bytes of the weights that are read for every token: all of them, but one row of wpe."""
-    if isinstance(params, np.ndarray):
-        return params.nbytes
-    if isinstance(params, list):
-        return sum(map(n_bytes, params))
-    return sum(n_bytes(value) for name, value in params.items() if name != "wpe")
-
-
-def peak_memory_gb() -> float | None:
-    """The most memory this process has held, mapped files included."""
-    try:
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 / 1e9 for line in f if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
-
-
-class Stopwatch:
-    """The times at which tokens came, for --stats."""
-
-    def __init__(self):
-        self.started = self.loaded = time.perf_counter()
-        self.ticks: list[float] = []
-
-    def watch(self, ids: Iterator[int]) -> Iterator[int]:
-        self.loaded = time.perf_counter()
-        for i in ids:
-            self.ticks.append(time.perf_counter())
-            yield i
-
-    def report(self, model: Model, n_prompt: int) -> str:
-        first, last = self.ticks[0], self.ticks[-1]
-        prefill = first - self.loaded
-        lines = [
-            f"load     {self.loaded - self.started:8.3f} s",
-            f"prefill  {prefill:8.3f} s  {n_prompt / prefill:8.1f} tokens/s, {n_prompt} of them",
-        ]
-        if n_steps := len(self.ticks) - 1:
-            rate = n_steps / (last - first)
-            read = f"{rate * n_bytes(model.params) / 1e9:.1f} GB/s of weights read"
-            lines.append(f"decode   {last - first:8.3f} s  {rate:8.1f} tokens/s, {n_steps} of them, {read}")
-        if peak := peak_memory_gb():
-            lines.append(f"memory   {peak:8.3f} GB at the peak")
-        return "\n".join(lines)
-
-
-def main(
-    prompt: str | None = None,
-    *,
-    n_tokens_to_generate=40,
-    model_size: str = "124M",
-    models_dir: str = "models",
-    stats=False,
-):
-    """Continue a text with GPT-2: python gpt2.py "PROMPT" [flags]
-
-    PROMPT                     the text to continue; "-", or none and a pipe: it is read from stdin;
-                               "" begins a text of its own, and <|endoftext|> in it ends one
-    --n_tokens_to_generate 40  how many tokens to add; fewer if the text ends
-    --model_size 124M          124M, 355M, 774M or 1558M, downloaded when first used, or a folder of models_dir
-    --models_dir models        where the models are
-    --stats                    print times, speed and memory to stderr
+    `sample` may be one for each prompt. A text ends after n_tokens, or when is_end(its new ids) is true, and costs
+    nothing from then on. Equal prompts are computed once. ValueError, before any work: what generate refuses for any
+    prompt, no prompts, another number of samplers, or slide_by with prompts of different lengths.
     """
-    stopwatch = Stopwatch()
-    check_n_tokens(n_tokens_to_generate)  # before a model is downloaded
-    prompt = read_prompt(prompt)
-    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
-    model = Model(hparams, params)
-    prompt_ids = encoder.encode_prompt(prompt)
-    ids = stopwatch.watch(generate(model, prompt_ids, n_tokens_to_generate))
-    cli.write_text(encoder.decode_stream(takewhile(lambda i: i != encoder.eot_id, ids)))
-    if stats:
-        print(stopwatch.report(model, len(prompt_ids)), file=sys.stderr)
+    samples = list(sample) if isinstance(sample, Sequence) else [sample] * len(prompts)
+    if not prompts or len(samples) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts and {len(samples)} samplers, expected one or more, and as many")
+    for prompt in prompts:
+        check_request(model, prompt, n_tokens, slide_by)
+    texts, n_longest = [list(prompt) for prompt in prompts], max(map(len, prompts))
+    if slide_by is not None and min(map(len, prompts)) < n_longest:
+        raise ValueError("prompts of different lengths cannot slide together; make them equally long, or one by one")
+    cache = prefilled(model, texts, n_longest) if slide_by is None else model.new_cache(len(texts))
+    new: list[list[int]] = [[] for _ in texts]
+    ended = [False] * len(texts)
+    for index, i in decode(model, cache, texts, n_tokens, samples, None, slide_by, ended):
+        new[index].append(i)
+        ended[index] = is_end(new[index])
+    return new
+
+
+def prefilled(model: Model, texts: list[list[int]], n_longest: int) -> KVCache:
+    """A cache with all but the last token of each text, shorter ones padded on the left."""
+    distinct = list(dict.fromkeys(map(tuple, texts)))
+    cache = model.new_cache(len(distinct))
+    cache.n_pad = np.array([n_longest - len(text) for text in distinct])
+    if n_longest > 1:
+        model.forward([padded(text[:-1], n_longest - 1) for text in distinct], cache)
+    cache.take([distinct.index(tuple(text)) for text in texts])
+    return cache
+
+
+def padded(tokens: Sequence[int], n: int) -> list[int]:
+    return [0] * (n - len(tokens)) + list(tokens)
+
+
+def decode(model, cache, texts, n_tokens, samples, draft, slide_by, ended=(False,)):
+    """Extend each of `texts` by n_tokens, yield (its index, the id) as they come; stop for those that have `ended`."""
+    n_ctx, n_end, start = model.hparams["n_ctx"], [len(text) + n_tokens for text in texts], 0
+    samples = [for_text(sample, text) for sample, text in zip(samples, texts, strict=True)]
+    rows = list(range(len(texts)))  # the index of each row's text
+    while rows:
+        n_text = max(len(texts[i]) for i in rows)
+        if (n_over := n_text - start - n_ctx) > 0:  # only when sliding: the window moves, and its tokens are fed anew
+            start, cache.length = start + -(-n_over // slide_by) * slide_by, 0
+        n_room = min(n_end[rows[0]] - n_text - 1, n_ctx - (n_text - start))
+        guesses = draft(texts[rows[0]], n_room) if draft else []
+        new = [padded(texts[i][start:], n_text - start)[cache.length :] + guesses for i in rows]
+        logits = model.forward(new, cache, n_last=len(guesses) + 1)
+        together = len(rows) + len(guesses) > 1
+        for row, i in enumerate(rows):
+            text = texts[i]
+            for scores, guess in zip(logits[row], [*guesses, None], strict=True):
+                if together and margin(samples[i], scores, len(text)) < NEAR_TIE:
+                    scores, guess = forward_alone(model, cache.row(row), text, start), None  # and the round ends
+                text.append(samples[i](scores, len(text)))
+                yield i, text[-1]
+                if text[-1] != guess:
+                    break
+        # The newest has not been fed, wrong guesses are forgotten.
+        cache.length = max(len(texts[i]) for i in rows) - start - 1
+        going_on = [row for row, i in enumerate(rows) if len(texts[i]) < n_end[i] and not ended[i]]
+        if going_on and len(going_on) < len(rows):
+            cache.take(going_on)
+        rows = [rows[row] for row in going_on]
+
+
+def forward_alone(model, cache, tokens, start):  # -> [n_vocab]
+    cache.length = len(tokens) - 1 - start
+    return model.forward([tokens[-1:]], cache)[0, 0]
+
+
+def score(model: Model, ids: Sequence[int]) -> np.ndarray:
+    """The log-probability, in nats, of each id after the first, given those before it: float32[len(ids) - 1].
+
+    ValueError: more than the context and one, an id outside the vocabulary.
+    """
+    n_vocab, n_ctx = model.hparams["n_vocab"], model.hparams["n_ctx"]
+    if len(ids) > n_ctx + 1:
+        raise ValueError(f"{len(ids)} ids exceed the context: at most {n_ctx + 1} can be scored; cut them in windows")
+    if bad := [int(i) for i in ids if not 0 <= i < n_vocab]:
+        raise ValueError(f"token id {bad[0]} is outside the vocabulary, 0 to {n_vocab - 1}")
+    cache, scores = model.new_cache(), np.empty(max(0, len(ids) - 1), np.float32)
+    for start in range(0, len(scores), N_SCORED):  # not all at once: the logits of 1024 tokens take 206 MB
+        rows = slice(start, min(start + N_SCORED, len(scores)))
+        logits = model.forward([ids[rows]], cache, n_last=rows.stop - start)[0]
+        logits -= logits.max(axis=-1, keepdims=True)
+        following = np.take_along_axis(logits, np.array(ids[start + 1 : rows.stop + 1])[:, None], axis=-1)[:, 0]
+        scores[rows] = following - np.log(np.exp(logits).sum(axis=-1))
+    return scores
 
 
 if __name__ == "__main__":
+    from console import main  # which imports this file in its turn
+
     cli.run(main)

@@ -17,14 +17,17 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from itertools import takewhile
+from functools import partial
 
 import numpy as np
 
 import cli
 from adaptive import Adaptive, common_length
-from gpt2 import Drafter, Model, check_n_tokens, generate, peak_memory_gb, read_prompt
+from cli import read_prompt
+from gpt2 import Drafter, Model, check_n_tokens, generate
 from sampling import Sampler, check, for_text, greedy, is_whole, make_sampler, margin
+from stats import peak_memory_gb
+from stopping import check_overflow, check_stops, step_of, text_until_end
 from utils import load_encoder_hparams_and_params
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,15 +56,18 @@ class DraftModel:
         self.sample = sample
         self.min_confidence = min_confidence
         self.cache = self.model.new_cache()
-        self.fed: list[int] = []  # what the cache holds
+        self.start = 0  # the first token that the cache holds: it keeps the newest when its context is full
+        self.fed: list[int] = []  # the text up to the newest token that it holds
 
     def __call__(self, tokens: list[int], n_max: int) -> list[int]:
-        # The newest token is fed now; each guess but the last is fed to make the next.
-        n_guesses = min(n_max, self.n_draft, self.model.hparams["n_ctx"] + 1 - len(tokens))
+        n_guesses = min(n_max, self.n_draft, self.model.hparams["n_ctx"] // 2)
         if n_guesses < 1:
             return []
         n_same = common_length(self.fed, tokens[:-1])
-        self.cache.length = n_same
+        # The newest token is fed now; each guess but the last is fed to make the next.
+        if n_same < self.start or len(tokens) - self.start + n_guesses - 1 > self.model.hparams["n_ctx"]:
+            n_same = self.start = max(0, len(tokens) - self.model.hparams["n_ctx"] // 2)
+        self.cache.length = n_same - self.start
         self.fed = list(tokens)
         sample = for_text(self.sample, self.fed)  # its own guesses are text to the draft, as they will be to the target
         new, guesses = tokens[n_same:], []
@@ -251,11 +257,11 @@ def make_drafter(drafter, draft_model_size, target_encoder, models_dir, n_draft,
     return Adaptive(chosen, MAX_DRAFT) if n_draft is None else chosen
 
 
-def compare_with_plain(target, prompt_ids, n_tokens, sample, eot_id, ids, seconds) -> None:
-    """Decode plainly, compare, say so on stderr. SystemExit: the texts differ."""
+def compare_with_plain(complete, sample, ids, seconds) -> None:
+    """Decode plainly as many tokens, compare, say so on stderr. SystemExit: the texts differ."""
     sample = MarginRecorder(sample)
     started = time.perf_counter()
-    plain = list(takewhile(lambda i: i != eot_id, generate(target, prompt_ids, n_tokens, sample)))
+    plain = list(complete(len(ids), sample))
     plain_seconds = time.perf_counter() - started
     if plain != ids:
         at = common_length(plain, ids)
@@ -286,6 +292,10 @@ def main(
     min_p=0.0,
     repetition_penalty=1.0,
     seed=None,
+    stop: list[str] = (),
+    ignore_eot=False,
+    overflow: str = "error",
+    slide_by=None,
     verify=False,
     stats=False,
     json=False,
@@ -307,6 +317,10 @@ def main(
     --min_p 0.0                sample among those with this share of the highest probability or more
     --repetition_penalty 1.0   above 1, make tokens that are in the text already less likely
     --seed N                   the same seed gives the same text, with any drafter and without
+    --stop TEXT                end before this text; may be repeated
+    --ignore_eot               go on after <|endoftext|>
+    --overflow error           more tokens than the context holds: error, or slide, which forgets the oldest
+    --slide_by N               how many it forgets at a time, half of the context unless given
     --verify                   decode plainly too, compare, exit with 1 if the texts differ
     --stats                    rounds, acceptance, times and memory to stderr; --json: as one object
     --show                     colour the text by origin, in a terminal
@@ -315,6 +329,8 @@ def main(
     check("drafter", drafter, drafter in ("model", "lookup", "both"), "model, lookup or both")
     check("n_draft", n_draft, n_draft is None or (is_whole(n_draft) and n_draft >= 0), "a whole number of 0 or more")
     check("n_gram", n_gram, is_whole(n_gram) and n_gram >= 1, "a whole number of 1 or more")
+    check_stops(stop)
+    check_overflow(overflow, slide_by)
     sample = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     prompt = read_prompt(prompt)
     encoder, target = load_model(target_model_size, models_dir)
@@ -323,12 +339,14 @@ def main(
     tokens, ticks = list(prompt_ids), [time.perf_counter()]
 
     def noted(ids):
-        for i in takewhile(lambda i: i != encoder.eot_id, ids):
+        for i in ids:
             tokens.append(i)
             ticks.append(time.perf_counter())
             yield i
 
-    texts = encoder.decode_stream(noted(generate(target, prompt_ids, n_tokens_to_generate, sample, recorder)))
+    complete = partial(generate, target, prompt_ids, slide_by=step_of(overflow, slide_by, target.hparams["n_ctx"]))
+    ids = noted(complete(n_tokens_to_generate, sample, recorder))
+    texts = text_until_end(encoder, ids, stop, ignore_eot)
     if show and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         texts = painted(texts, recorder, tokens)
         legend = "  ".join(f"\033[{colour}m{origin}\033[0m" for origin, colour in COLOURS.items())
@@ -340,9 +358,7 @@ def main(
         lines = [json_format.dumps(summary)] if json else [f"{name:26} {value}" for name, value in summary.items()]
         print("\n".join(lines), file=sys.stderr)
     if verify:
-        compare_with_plain(
-            target, prompt_ids, n_tokens_to_generate, sample, encoder.eot_id, tokens[len(prompt_ids) :], seconds
-        )
+        compare_with_plain(complete, sample, tokens[len(prompt_ids) :], seconds)
 
 
 if __name__ == "__main__":

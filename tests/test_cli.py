@@ -144,6 +144,6 @@ def test_import_is_light():
 def test_only_the_five_named_packages_are_needed(nano):
     """README: generating needs numpy, regex, requests, tqdm and fire."""
     others = ["tensorflow", "google_crc32c", "tokenizers", "matplotlib", "threadpoolctl", "pytest"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import cli, gpt2; cli.run(gpt2.main)"
+    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import cli, console; cli.run(console.main)"
     done = run("-c", code, "x", *GPT2[1:])
     assert (done.returncode, done.stdout) == (0, text_after(nano, "x"))

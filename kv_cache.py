@@ -1,0 +1,80 @@
+"""The KV cache: what attention needs of the tokens that were fed before."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MASKED = -1e10  # added to the score of a key that may not be seen; -inf would give NaN where every key is masked
+
+
+class KVCache:
+    """The keys and values of the tokens fed so far: float32[n_layer, n_batch, n_head, n_ctx, d_head], `length` used.
+
+    A fresh one is "no cache". Setting `length` back forgets the tokens after it. `n_pad`: how many of a row's first
+    tokens only fill it up to the length of the longest, and are never seen.
+    """
+
+    in_parts = True  # long prompts may pass through it in several threads
+
+    def __init__(self, keys: np.ndarray, values: np.ndarray, length: int = 0, n_pad: Sequence[int] = ()):
+        self.keys = keys
+        self.values = values
+        self._length = length
+        self.n_pad = np.array(n_pad if len(n_pad) else [0] * keys.shape[1])
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        if not 0 <= length <= self._length:
+            raise ValueError(f"length {length} is not in 0 to {self._length}, what the cache holds: it only rolls back")
+        self._length = length
+
+    def positions(self, n_new):  # -> a slice or int[n_batch, n_new]: the rows of wpe for the new tokens
+        start = self._length
+        if not self.n_pad.any():
+            return slice(start, start + n_new)
+        return np.maximum(0, np.arange(start, start + n_new) - self.n_pad[:, None])
+
+    def append(self, layer, k, v):  # 2 of [n_batch, n_head, n_new, d_head] -> 2 of [n_batch, n_head, n_seq, d_head]
+        """Store a layer's keys and values of the new tokens, return all it has; `advance` counts them, once."""
+        stop = self._length + k.shape[2]
+        self.keys[layer, :, :, self._length : stop] = k
+        self.values[layer, :, :, self._length : stop] = v
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+    def hidden(self, n_seq):  # -> None or [n_batch, 1, 1, n_seq]
+        if not self.n_pad.any():
+            return None
+        return np.where(np.arange(n_seq) < self.n_pad[:, None], np.float32(MASKED), np.float32(0))[:, None, None]
+
+    def note(self, layer: int, **arrays: np.ndarray) -> None:
+        """What a layer computes passes here, for caches that look at it (inside.py)."""
+
+    def advance(self, n_new: int) -> None:
+        self._length += n_new
+
+    def take(self, rows: Sequence[int], n_same: int = 0) -> None:
+        """Go on with these batch rows: as many as are named, each as often as it is named. IndexError: no such row.
+
+        `n_same`: the rows hold the same up to this position, which need not be copied while their number stays.
+        """
+        rows, moved = np.asarray(rows), np.arange(len(rows))
+        old = [*self.keys, *self.values]
+        n_layer, n_batch, *shape = self.keys.shape
+        if len(rows) == n_batch:
+            moved = moved[rows != moved]
+        else:
+            self.keys, self.values = (np.empty((n_layer, len(rows), *shape), np.float32) for _ in range(2))
+            n_same = 0
+        self.n_pad = self.n_pad[rows]
+        used = slice(n_same, self._length)
+        for new, source in zip([*self.keys, *self.values], old, strict=True):  # by layers: indexing makes a copy
+            new[moved, :, used] = source[rows[moved], :, used]
+
+    def row(self, row: int) -> "KVCache":
+        """One text of the batch, without its padding: a view, so what is fed to it is stored here."""
+        keys, values = (array[:, row : row + 1, :, self.n_pad[row] :] for array in (self.keys, self.values))
+        return KVCache(keys, values, self._length - int(self.n_pad[row]))
