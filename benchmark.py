@@ -67,6 +67,7 @@ def decode(model_size: str = "random:124M", models_dir: str = "models", *, n_tim
         base = np.median(times["stream of the weights"])
         kv_bytes = 2 * position * model.hparams["n_embd"] * model.hparams["n_layer"] * 4
         for name, values in times.items():
+            values = values / (peers[name].n_steps if name in peers else 1)
             row = {"position": position, "program": name} | milliseconds(values)
             row["gb_per_s"] = round((weight_bytes + kv_bytes * (name == "this program")) / np.median(values) / 1e9, 1)
             row["of_stream"] = round(row["gb_per_s"] * base / weight_bytes * 1e9, 3)

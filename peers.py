@@ -1,12 +1,15 @@
 """Other programs that run GPT-2, for benchmark.py: each gets the weights of a Model.
 
 A peer has prefill(ids), which feeds a prompt and returns the logits of its last row, and step(ids), which returns the
-logits of the last id where the others have been fed.
+logits of the last id where the others have been fed. Its n_steps is how many tokens a step goes on for, greedily.
 """
 
 import math
+import tempfile
 
 import numpy as np
+
+from threads import team
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plain NumPy
@@ -46,6 +49,7 @@ def plain_forward(ids, params, n_head, past=None, every_row=True):  # [n_new] ->
 
 class PlainNumPy:
     name = "plain NumPy, no cache (picoGPT's way)"
+    n_steps = 1
 
     def __init__(self, model):
         self.model = model
@@ -63,6 +67,7 @@ class PlainNumPy:
 
 class Transformers:
     name = "Hugging Face transformers, PyTorch float32"
+    n_steps = 1
 
     def __init__(self, model):
         import torch
@@ -110,4 +115,74 @@ class Transformers:
         return logits
 
 
-PEERS = (PlainNumPy, Transformers)
+# ----------------------------------------------------------------------------------------------------------------------
+# CTranslate2
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class CTranslate2:
+    """Steps go on from a static prompt, the one state that it keeps between calls.
+
+    Each call copies that state, which may take as long as a token: hence several tokens a step.
+    """
+
+    name = "CTranslate2 float32"
+    n_steps = 16
+
+    def __init__(self, model):
+        import ctranslate2
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.specify(ctranslate2.specs, model).save(folder)
+            self.generator = ctranslate2.Generator(folder, compute_type="float32", intra_threads=team.n_threads)
+
+    def specify(self, specs, model):
+        activation = specs.common_spec.Activation.GELUTanh
+        spec = specs.TransformerDecoderModelSpec.from_config(
+            model.hparams["n_layer"], model.hparams["n_head"], activation=activation
+        )
+        spec.register_vocabulary([str(i) for i in range(model.hparams["n_vocab"])])
+        spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "0"  # it wants them to be words
+        spec.decoder.scale_embeddings = False
+        self.set_weights(spec.decoder, **model.params)
+        spec.validate()
+        spec.optimize()  # stores wte once
+        return spec
+
+    def set_weights(self, decoder, wte, wpe, blocks, ln_f):
+        def set_norm(target, g, b):
+            target.gamma, target.beta = g, b
+
+        def set_linear(target, w, b):
+            target.weight, target.bias = w.T, b
+
+        decoder.embeddings.weight = decoder.projection.weight = wte
+        decoder.position_encodings.encodings = wpe
+        set_norm(decoder.layer_norm, **ln_f)
+        for layer, block in zip(decoder.layer, blocks, strict=True):
+            set_norm(layer.self_attention.layer_norm, **block["ln_1"])
+            set_norm(layer.ffn.layer_norm, **block["ln_2"])
+            set_linear(layer.self_attention.linear[0], **block["attn"]["c_attn"])
+            set_linear(layer.self_attention.linear[1], **block["attn"]["c_proj"])
+            set_linear(layer.ffn.linear_0, **block["mlp"]["c_fc"])
+            set_linear(layer.ffn.linear_1, **block["mlp"]["c_proj"])
+
+    def feed(self, ids, n_tokens, **options):
+        result = self.generator.generate_batch(
+            [[str(i) for i in ids]],
+            max_length=n_tokens,
+            end_token=[],  # none ends the text
+            include_prompt_in_result=False,  # else the prompt is fed a token at a time
+            return_logits_vocab=True,
+            **options,
+        )
+        return np.array(result[0].logits[0][0]).reshape(-1)
+
+    def prefill(self, ids):
+        return self.feed(ids, 1)
+
+    def step(self, ids):
+        return self.feed(ids[-1:], self.n_steps, static_prompt=[str(i) for i in ids[:-1]])
+
+
+PEERS = (PlainNumPy, Transformers, CTranslate2)

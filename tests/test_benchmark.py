@@ -2,6 +2,7 @@
 
 import csv
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from conftest import MODELS, ROOT, random_model, run
 from reference import reference_logits
 
 import measure
-from peers import plain_forward
+from benchmark import PARTS, installed_peers
+from peers import PEERS, PlainNumPy, plain_forward
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed; the tables need it for their pictures")
 
@@ -26,8 +28,9 @@ def table(tmp_path, *args):
 
 def test_decode_compares_outputs_with_the_peers(tmp_path):
     rows = table(tmp_path, "decode", "--model_size", "nano", "--n_times", "2")
-    plain = [row for row in rows if row["program"].startswith("plain NumPy")]
-    assert len(plain) == 2 and all(float(row["largest_difference"]) < 1e-4 for row in plain)
+    compared = [row for row in rows if row["largest_difference"]]
+    assert {row["program"] for row in compared} >= {"this program", PlainNumPy.name}
+    assert len(compared) % 2 == 0 and all(float(row["largest_difference"]) < 1e-4 for row in compared)
 
 
 def test_rows_names_the_way_of_each(tmp_path):
@@ -77,3 +80,24 @@ def test_the_plain_forward_is_the_reference():
     past = []
     cached = [plain_forward(ids[i : i + 2], model.params, 3, past, every_row=False)[-1] for i in range(0, 8, 2)]
     np.testing.assert_allclose(cached, expected[1::2], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.__name__)
+def test_a_peer_gives_the_logits_of_the_reference(peer):
+    model = random_model(n_vocab=131, n_ctx=64)
+    try:
+        fed = peer(model)
+    except ImportError as e:
+        pytest.skip(f"{e.name} is not installed")
+    for ids in ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 0, 130]):
+        expected = reference_logits(model, ids)
+        np.testing.assert_allclose(fed.prefill(ids[:-1]), expected[-2], rtol=0, atol=1e-4)
+        for _ in range(2):
+            np.testing.assert_allclose(fed.step(ids), expected[-1], rtol=0, atol=1e-4)
+
+
+def test_peers_that_are_not_installed_are_named_and_left_out(monkeypatch, capsys):
+    for name in ("torch", "transformers", "ctranslate2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert list(installed_peers(random_model())) == [PlainNumPy.name]
+    assert "CTranslate2 float32: not installed (ctranslate2)" in capsys.readouterr().err
