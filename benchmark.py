@@ -173,7 +173,16 @@ def cache(model_size: str = "tiny", models_dir: str = "models", *, n_points=24):
     report("cache", table, draw)
 
 
-PARTS = ("layer norm", "QKV product", "attention", "projection", "MLP", "output product", "embedding, sums, cache")
+PARTS = (
+    "embedding",
+    "layer norm",
+    "QKV product",
+    "attention",
+    "projection",
+    "MLP",
+    "output product",
+    "sums, cache",  # the rest
+)
 
 
 def components(model_size: str = "random:124M", models_dir: str = "models", *, n_times=9):
@@ -192,10 +201,11 @@ def components(model_size: str = "random:124M", models_dir: str = "models", *, n
 
         return run
 
-    originals = {name: getattr(gpt2, name) for name in ("layer_norm", "attend", "feed_forward", "linear", "matmul")}
+    originals = {name: getattr(gpt2, name) for name in ("embed", "layer_norm", "attend", "feed_forward", "matmul")}
     products = {3 * n_embd: "QKV product", n_embd: "projection", model.hparams["n_vocab"]: "output product"}
     table = []
     try:
+        gpt2.embed = timed(lambda *_: "embedding", gpt2.embed)
         gpt2.layer_norm = timed(lambda *_: "layer norm", gpt2.layer_norm)
         gpt2.attend = timed(lambda *_: "attention", gpt2.attend)
         gpt2.feed_forward = timed(lambda *_: "MLP", gpt2.feed_forward)

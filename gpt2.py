@@ -44,6 +44,10 @@ def gelu(x):  # [..., n] -> [..., n], in place
     return x
 
 
+def embed(tokens, start, wte, wpe):  # int[n_batch, n_new] -> [n_batch, n_new, n_embd]
+    return wte[tokens] + wpe[start : start + tokens.shape[1]]
+
+
 def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
     x = x - np.add.reduce(x, axis=-1, keepdims=True) / x.shape[-1]
     variance = np.vecdot(x, x)[..., None] / x.shape[-1]

@@ -47,7 +47,8 @@ def test_cache_has_every_point(tmp_path):
 
 def test_components_add_up(tmp_path):
     rows = table(tmp_path, "components", "--model_size", "nano", "--n_times", "2")
-    assert len(rows) == 6 and all(float(value) >= 0 for row in rows for value in row.values())
+    assert len(rows) == 6 and list(rows[0]) == ["position", *PARTS] and PARTS[0] == "embedding"
+    assert all(float(row[part]) > 0 for row in rows for part in PARTS)  # none has gone by without being timed
 
 
 def test_drafters_write_the_same_text(tmp_path):
