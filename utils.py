@@ -1,13 +1,14 @@
 """A model by its name: fetch what is missing, read what is there, check that it fits together.
 
-Files are fetched as NAME.part and bear their own name only after their size and checksum have been verified, so
-a half-finished download is never taken for a model.
+download.py fetches the files; here is which they are and what makes them right.
 """
 
+import contextlib
+import functools
 import hashlib
+import importlib.util
 import json
 import os
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,18 +33,14 @@ SHA256 = {
 OFFLINE_HINT = "--model_size tiny works offline"
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Download
+# Which files are right
 # ----------------------------------------------------------------------------------------------------------------------
-
-N_ATTEMPTS = 5  # in a row without a byte more; each that makes progress starts the count again
-TIMEOUT_S = (10, 60)  # to connect, and between two chunks
-CHUNK_SIZE = 1 << 16  # what a broken connection may cost
 
 
 def sha256_of(path: str) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as f:
-        while chunk := f.read(CHUNK_SIZE):
+        while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -51,96 +48,16 @@ def sha256_of(path: str) -> str:
 def check_file(model_size: str, name: str, path: str, folder: str) -> None:
     """ValueError unless `path` holds the model's file `name`, whole and undamaged; `folder` has the ones before it."""
     expected = SHA256.get(f"{model_size}/{name}") or SHA256.get(name)
-    if expected:
+    if expected and model_size in OPENAI_SIZES:
         found = sha256_of(path)
         if found != expected:
-            raise ValueError(f"sha256 {found}, expected {expected}{looks_like(path)}")
+            raise ValueError(f"{path} has sha256 {found}, expected {expected}; download the file again")
     elif name == HPARAMS:
         read_hparams(path)
     elif name == INDEX:
         read_index(path)
     elif name == DATA:
         verify_checkpoint(os.path.join(folder, CHECKPOINT), path)
-
-
-def looks_like(path: str) -> str:
-    """A hint for the commonest wrong content: a page from a proxy or a storage server's error."""
-    with open(path, "rb") as f:
-        return " (it is a web page or an XML error)" if f.read(512).lstrip().startswith(b"<") else ""
-
-
-def fetch_part(url: str, part: str, label: str) -> None:
-    """One attempt to bring `part` from the bytes it has to the whole file, with a progress bar."""
-    import requests  # only downloads need these two
-    from tqdm import tqdm
-
-    n_have = os.path.getsize(part) if os.path.exists(part) else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={n_have}-"} if n_have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
-        if response.status_code == 416 and response.headers.get("Content-Range") == f"bytes */{n_have}":
-            return  # nothing was left to send
-        if response.status_code == 416:
-            os.remove(part)
-            raise requests.ConnectionError(f"{label} has another size now")
-        response.raise_for_status()
-        if response.status_code != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {n_have}-"):
-            n_have = 0  # the server sends the file from its beginning
-        n_expected = n_have + int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
-        bar = tqdm(desc=label, total=n_expected, initial=n_have, unit="B", unit_scale=True)
-        with bar, open(part, "r+b" if n_have else "wb") as f:
-            f.seek(n_have)
-            for chunk in response.iter_content(CHUNK_SIZE):
-                f.write(chunk)
-                bar.update(len(chunk))
-    if n_expected is not None and os.path.getsize(part) != n_expected:
-        raise requests.ConnectionError(f"{os.path.getsize(part)} bytes of {n_expected} came")
-
-
-def fetch(url: str, part: str, label: str) -> None:
-    """Bring `part` to the whole file, going on where an attempt broke off. ConnectionError: it cannot be had now."""
-    import requests
-
-    n_failed = 0
-    while True:
-        n_before = os.path.getsize(part) if os.path.exists(part) else 0
-        try:
-            return fetch_part(url, part, label)
-        except requests.RequestException as e:
-            n_now = os.path.getsize(part) if os.path.exists(part) else 0
-            n_failed = 1 if n_now > n_before else n_failed + 1
-            refused = isinstance(e, requests.HTTPError) and e.response.status_code < 500
-            # Without a byte so far there is most likely no network: no use in waiting.
-            if refused or n_before == n_now == 0 or n_failed == N_ATTEMPTS:
-                kept = f"; {n_now} bytes are kept, the next run goes on from there" if n_now else ""
-                raise ConnectionError(f"cannot fetch {url} ({reason(e)}){kept}; {OFFLINE_HINT}") from e
-            time.sleep(2 ** (n_failed - 1))
-
-
-def reason(error: Exception) -> str:
-    """A network error in a few words: those of requests hold whole objects."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        return f"HTTP status {response.status_code}"
-    if "Max retries" in str(error):
-        return "no connection"
-    return "the connection broke off" if "(" in str(error) else str(error)
-
-
-def download_file(model_size: str, name: str, folder: str) -> None:
-    """Fetch one file of an OpenAI model into `folder`, verified."""
-    base_url = os.environ.get("GPT2_BASE_URL", OPENAI_URL).rstrip("/")
-    url = f"{base_url}/{model_size}/{name}"
-    path = os.path.join(folder, name)
-    part = path + ".part"
-    fetch(url, part, f"{model_size}/{name}")
-    try:
-        check_file(model_size, name, part, folder)
-    except ValueError as e:
-        os.remove(part)
-        raise ValueError(
-            f"{url} is not the file it should be: {e}; nothing was kept: try again, or another GPT2_BASE_URL"
-        ) from e
-    os.replace(part, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,14 +141,47 @@ def models_in(models_dir: str) -> list[str]:
     return [name for name in folders if os.path.exists(os.path.join(models_dir, name, DATA))]
 
 
+def need_crc32c(model_size: str) -> None:
+    if not importlib.util.find_spec("google_crc32c"):
+        raise ValueError(f"verifying the weights of {model_size} needs google-crc32c; pip install google-crc32c")
+
+
+def missing_files(folder: str) -> list[str]:
+    return [name for name in MODEL_FILES if not os.path.exists(os.path.join(folder, name))]
+
+
+def download_model(model_size: str, models_dir: str) -> None:
+    """Fetch the files of an OpenAI model that are missing, each verified before it gets its name."""
+    import download  # and with it requests and tqdm, which only downloads need
+
+    if f"{model_size}/{DATA}" not in SHA256:
+        need_crc32c(model_size)  # before the download, not after it
+    folder = os.path.join(models_dir, model_size)
+    base_url = os.environ.get("GPT2_BASE_URL", OPENAI_URL).rstrip("/")
+    lock_path = os.path.join(models_dir, f".{model_size}.lock")  # not in the folder, which may be deleted meanwhile
+    with download.local_errors(folder):
+        os.makedirs(folder, exist_ok=True)
+        with download.lock(lock_path, folder) as is_locked:
+            for name in missing_files(folder):  # there may be fewer now
+                check = functools.partial(check_file, model_size, name, folder=folder)
+                url, path = f"{base_url}/{model_size}/{name}", os.path.join(folder, name)
+                try:
+                    download.download(url, path, check, is_locked)
+                except ConnectionError as e:
+                    raise ConnectionError(f"{e}; {OFFLINE_HINT}") from e
+                except ValueError:
+                    if name == DATA and f"{model_size}/{INDEX}" not in SHA256:
+                        with contextlib.suppress(FileNotFoundError):
+                            os.remove(os.path.join(folder, INDEX))  # it may be the one that is of another version
+                    raise
+
+
 def find_model(model_size: str, models_dir: str) -> str:
     """The folder of a model, after fetching what is missing. ValueError: there is no such model."""
     folder = os.path.join(models_dir, model_size)
-    missing = [name for name in MODEL_FILES if not os.path.exists(os.path.join(folder, name))]
-    if model_size in OPENAI_SIZES:
-        os.makedirs(folder, exist_ok=True)
-        for name in missing:
-            download_file(model_size, name, folder)
+    missing = missing_files(folder)
+    if model_size in OPENAI_SIZES and missing:
+        download_model(model_size, models_dir)
     elif not model_size or len(missing) == len(MODEL_FILES):
         here = ", ".join(name for name in models_in(models_dir) if name not in OPENAI_SIZES) or "none"
         raise ValueError(
@@ -240,6 +190,17 @@ def find_model(model_size: str, models_dir: str) -> str:
     elif missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; copy the whole model there")
     return folder
+
+
+def read_encoder(model_size: str, models_dir: str, hparams: dict[str, int]) -> Encoder:
+    """The encoder of a model. ValueError: it is damaged, or has tokens that the model has not."""
+    encoder = get_encoder(model_size, models_dir)
+    if max(encoder.tokens) >= hparams["n_vocab"]:
+        raise ValueError(
+            f"{os.path.join(models_dir, model_size)}: {TOKEN_IDS} has ids up to {max(encoder.tokens)}, {HPARAMS} a "
+            f"vocabulary of {hparams['n_vocab']}; the files must belong to one model"
+        )
+    return encoder
 
 
 def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models") -> tuple[Encoder, dict, dict]:
@@ -252,11 +213,6 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models")
     """
     folder = find_model(model_size, models_dir)
     hparams = read_hparams(os.path.join(folder, HPARAMS))
-    encoder = get_encoder(model_size, models_dir)
-    if max(encoder.tokens) >= hparams["n_vocab"]:
-        raise ValueError(
-            f"{folder}: {TOKEN_IDS} has ids up to {max(encoder.tokens)}, {HPARAMS} a vocabulary of "
-            f"{hparams['n_vocab']}; the files must belong to one model"
-        )
+    encoder = read_encoder(model_size, models_dir, hparams)
     prefix = os.path.join(folder, CHECKPOINT)
     return encoder, hparams, nest_params(read_checkpoint(prefix), hparams, prefix)

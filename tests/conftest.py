@@ -1,8 +1,10 @@
 """What several test files need: random models of any shape, the embedded ones, and the program as a subprocess."""
 
+import hashlib
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -56,3 +58,33 @@ def run(*args, stdin="", env=None, cwd=ROOT):
         env={**os.environ, **(env or {})},
         timeout=120,
     )
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses between attempts to download, which are not made."""
+    pauses = []
+    monkeypatch.setattr("download.time.sleep", pauses.append)
+    return pauses
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A running Server, where downloads go."""
+    import download_server  # it needs this file
+
+    with download_server.Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
+        thread.start()
+        monkeypatch.setenv("GPT2_BASE_URL", server.url)
+        monkeypatch.setattr("utils.SHA256", download_server.HASHES)
+        yield server
+        server.released.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def etag_server(server):
+    server.etag = lambda content: f'"{hashlib.md5(content).hexdigest()}"'
+    return server
