@@ -1,6 +1,7 @@
 """A model by its name: fetch what is missing, read what is there, check that it fits together.
 
-download.py fetches the files; here is which they are and what makes them right.
+download.py fetches the files; here is which they are and what makes them right. python utils.py verify MODEL_SIZE
+checks them again on disk.
 """
 
 import contextlib
@@ -8,8 +9,10 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -216,3 +219,73 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models")
     encoder = read_encoder(model_size, models_dir, hparams)
     prefix = os.path.join(folder, CHECKPOINT)
     return encoder, hparams, nest_params(read_checkpoint(prefix), hparams, prefix)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verifying what is on disk
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_numbers(variables: dict[str, np.ndarray], source: str) -> None:
+    """ValueError: some weights are NaN or infinite, and which."""
+    n_bad = {name: array.size - np.count_nonzero(np.isfinite(array)) for name, array in variables.items()}
+    bad = [f"{name} has {n} of {variables[name].size}" for name, n in sorted(n_bad.items()) if n]
+    if bad:
+        more = f" and {len(bad) - 3} others" if len(bad) > 3 else ""
+        raise ValueError(f"{source}: numbers that are NaN or infinite: {', '.join(bad[:3])}{more}")
+
+
+def find_problems(model_size: str, models_dir: str) -> list[str]:
+    """What is wrong with a model on disk. Later checks are made too if an earlier one fails."""
+    folder = os.path.join(models_dir, model_size)
+    hparams_path, prefix = os.path.join(folder, HPARAMS), os.path.join(folder, CHECKPOINT)
+    checks: list[Callable[[], object]] = [
+        *(functools.partial(check_file, model_size, name, os.path.join(folder, name), folder) for name in MODEL_FILES),
+        lambda: get_encoder(model_size, models_dir),
+        lambda: read_encoder(model_size, models_dir, read_hparams(hparams_path)),
+        lambda: nest_params(read_checkpoint(prefix), read_hparams(hparams_path), prefix),
+        lambda: check_numbers(read_checkpoint(prefix), prefix),
+    ]
+    problems: dict[str, None] = {}  # a set in order: some checks find the same
+    for check in checks:
+        try:
+            check()
+        except FileNotFoundError as e:
+            problems[f"{e.filename} is missing"] = None
+        except ValueError as e:
+            problems[str(e)] = None
+    return list(problems)
+
+
+def verify(model_size: str, *, models_dir: str = "models"):
+    """Check a model on disk: python utils.py verify MODEL_SIZE [flags]
+
+    MODEL_SIZE           124M, 355M, 774M or 1558M, or a folder of models_dir
+    --models_dir models  where the models are
+
+    Reads every byte: published checksums, hparams.json, the vocabulary, the checkpoint's index, whether the shapes
+    are the model's, the checksum of each tensor, and whether all weights are finite. Status 1: something is wrong.
+    """
+    folder = os.path.join(models_dir, model_size)
+    if not model_size or not os.path.isdir(folder):
+        here = ", ".join(models_in(models_dir)) or "none"
+        raise ValueError(f"no model {model_size!r} in {models_dir}; there: {here}; gpt2.py downloads OpenAI's sizes")
+    need_crc32c(model_size)
+    problems = find_problems(model_size, models_dir)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise ValueError(f"{folder}: problems found: {len(problems)}; replace what they name")
+    hparams = read_hparams(os.path.join(folder, HPARAMS))
+    n_weights = sum(math.prod(shape) for _, shape in expected_shapes(hparams))
+    print(
+        f"{folder}: OK: {n_weights} finite weights in {hparams['n_layer']} layers, {hparams['n_vocab']} tokens, "
+        "every checksum right",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    import cli  # the others who read models have their own command line
+
+    cli.run({"verify": verify})

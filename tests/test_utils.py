@@ -1,12 +1,16 @@
 import hashlib
+import json
 import os
 import shutil
 
+import google_crc32c
 import numpy as np
 import pytest
 from conftest import MODELS, random_variables, run
+from test_checkpoint import hostile_index
 
 import utils
+from checkpoint import data_path, mask_crc32c, read_index
 from utils import load_encoder_hparams_and_params, nest_params, read_hparams
 
 NANO = os.path.join(MODELS, "nano")
@@ -100,10 +104,119 @@ def test_integer_weights_are_refused():
         nest_params(variables, HPARAMS, "model.ckpt")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Verifying
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def verify(models_dir, model_size="mine"):
+    done = run("utils.py", "verify", model_size, "--models_dir", models_dir)
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A copy of nano, to be damaged."""
+    shutil.copytree(NANO, tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def test_verify_sums_up_what_is_right(mine):
+    status, err = verify(mine.parent)
+    assert status == 0
+    assert "mine: OK: 263936 finite weights in 2 layers, 2048 tokens, every checksum right" in err
+
+
+def other_model(mine):
+    shutil.copy(os.path.join(MODELS, "tiny", "model.ckpt.index"), mine)
+
+
+def no_numbers(mine):
+    """NaN and infinity, with checksums that are right."""
+    prefix = str(mine / "model.ckpt")
+    entries = read_index(prefix + ".index")[2]
+    with open(data_path(prefix), "r+b") as f:
+        for name, value in (("model/wte", np.nan), ("model/h1/ln_2/b", -np.inf)):
+            f.seek(entries[name].offset)
+            f.write(np.float32(value).tobytes())
+            f.seek(entries[name].offset)
+            entries[name].masked_crc32c = mask_crc32c(google_crc32c.value(f.read(entries[name].size)))
+    hostile_index(prefix, {name: {"masked_crc32c": entries[name].masked_crc32c} for name in entries})
+
+
+def flipped_bit(mine):
+    path = data_path(str(mine / "model.ckpt"))
+    with open(path, "r+b") as f:
+        f.seek(500_000)
+        byte = f.read(1)[0]
+        f.seek(500_000)
+        f.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "messages"),
+    [
+        (lambda mine: (mine / "hparams.json").write_text("{"), ["hparams.json: expected a JSON object"]),
+        (lambda mine: (mine / "hparams.json").unlink(), ["mine/hparams.json is missing"]),
+        (lambda mine: (mine / "encoder.json").write_text("[]"), ["encoder.json: expected a JSON object"]),
+        (lambda mine: (mine / "vocab.bpe").write_text("<html>"), ["vocab.bpe: expected '#version' in line 1"]),
+        (
+            lambda mine: (mine / "model.ckpt.index").write_bytes(b"x" * 99),
+            ["index is damaged or no TensorFlow"],
+        ),
+        (lambda mine: os.truncate(data_path(str(mine / "model.ckpt")), 9), ["has 9 bytes, expected 1055744"]),
+        (lambda mine: os.remove(data_path(str(mine / "model.ckpt"))), ["data-00000-of-00001 is missing"]),
+        (other_model, ["has 1055744 bytes, expected 10828800"]),
+        (flipped_bit, ["has checksum 0x"]),
+        (no_numbers, ["NaN or infinite: model/h1/ln_2/b has 1 of 64, model/wte has 1 of 131072"]),
+        (
+            lambda mine: [
+                (mine / "vocab.bpe").write_text(""),
+                (mine / "hparams.json").write_text(""),
+                no_numbers(mine),
+            ],
+            ["vocab.bpe: expected '#version'", "hparams.json: expected a JSON object", "NaN or infinite"],
+        ),
+    ],
+)
+def test_verify_names_what_is_wrong(mine, damage, messages):
+    damage(mine)
+    status, err = verify(mine.parent)
+    assert status == 1
+    assert all(message in err for message in messages)
+    assert f"mine: problems found: {len(messages)}; replace" in err  # each once, and no others
+    assert " OK" not in err
+
+
+def test_verify_compares_hparams_with_the_weights(mine):
+    hparams = read_hparams(str(mine / "hparams.json"))
+    (mine / "hparams.json").write_text(json.dumps(hparams | {"n_layer": 1}))
+    assert verify(mine.parent)[0] == 1 and "more layers than the 1" in verify(mine.parent)[1]
+    (mine / "hparams.json").write_text(json.dumps(hparams | {"n_vocab": 2047}))
+    status, err = verify(mine.parent)
+    assert status == 1 and "ids up to 2047, hparams.json a vocabulary of 2047" in err
+    assert "model/wte is float32[2048, 64], expected float32[2047, 64]" in err
+
+
+def test_verify_compares_published_checksums(mine):
+    """Another model under the name of one of OpenAI's."""
+    status, err = verify(shutil.move(mine, mine.parent / "124M").parent, "124M")
+    assert status == 1
+    assert err.count("has sha256") == 5 and "problems found: 5;" in err
+
+
+def test_verify_downloads_nothing(mine):
+    for name in ("124M", ""):
+        status, err = verify(mine.parent, name)
+        assert status == 1 and "there: mine; gpt2.py downloads" in err
+    assert os.listdir(mine.parent) == ["mine"]
+
+
 def test_other_sizes_say_early_that_google_crc32c_is_needed(tmp_path):
     before = "import sys; sys.modules['google_crc32c'] = None; import cli, utils; "
     load = f"utils.load_encoder_hparams_and_params('355M', {str(tmp_path)!r})"
-    for command in (load,):
+    for command in (load, f"utils.verify('tiny', models_dir={MODELS!r})"):
         done = run("-c", before + f"cli.run(lambda: {command} and None)", env={"GPT2_BASE_URL": "http://127.0.0.1:9"})
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "needs google-crc32c; pip install google-crc32c" in done.stderr
