@@ -28,7 +28,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.faults = {}
         self.at_half = {}  # what happens when half of a file is sent
         self.etag = None  # a function of the content
-        self.requests = []
+        self.requests = []  # (name, Range) of each
+        self.if_ranges = []
         self.hold_after = None  # after so many bytes nothing is sent until `released`
         self.n_sent = 0
         self.held, self.released = threading.Event(), threading.Event()
@@ -51,6 +52,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = self.path.rsplit("/", 1)[-1]
         wanted = self.headers.get("Range")
         self.server.requests.append((name, wanted))
+        self.server.if_ranges.append(self.headers.get("If-Range"))
         fault = self.server.faults.get(name, "none")
         if isinstance(fault, list):
             fault = fault.pop(0) if fault else "none"

@@ -105,6 +105,7 @@ def test_an_unchanged_file_with_an_etag_is_resumed(etag_server, tmp_path):
     part(tmp_path, CONTENT[DATA][:500_000], etag=etag_server.etag(CONTENT[DATA]))
     etag_server.faults[DATA] = "cuts"
     load(tmp_path)
+    assert set(etag_server.if_ranges[4:]) == {etag_server.etag(CONTENT[DATA])}
     assert etag_server.ranges()[0] == "bytes=500000-"
     assert etag_server.n_sent < sum(map(len, CONTENT.values())) - 400_000
     assert_whole(tmp_path)

@@ -88,7 +88,8 @@ def test_killed_at_random_bytes_it_resumes(etag_server, tmp_path, lock):
 @pytest.mark.parametrize("lock", ["lock", "no filelock"])
 def test_interrupted_it_resumes(server, tmp_path, lock):
     server.hold(600_000)
-    process = start(server, tmp_path, LOCKS[lock])
+    heed = "\nimport signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's & has it ignored
+    process = start(server, tmp_path, LOCKS[lock] + heed)
     status, err = kill_when_held(server, process, signal.SIGINT, lambda: n_bytes_of_parts(tmp_path) > 400_000)
     assert status == 130 and "Traceback" not in err
     size = (tmp_path / "355M" / (DATA + ".part")).stat().st_size
@@ -223,13 +224,14 @@ def test_a_part_that_another_process_took_is_left_alone(etag_server, tmp_path):
     def meddle():
         etag_server.at_half.clear()
         wait_until(path.exists)  # what was sent may still be on its way
-        path.unlink()
+        path.rename(tmp_path / "taken")
         path.write_bytes(CONTENT[DATA][:1000])
 
     etag_server.at_half[DATA] = meddle
     load(tmp_path)
     assert_whole(tmp_path)
     assert etag_server.ranges() == [None, "bytes=1000-"]
+    assert (tmp_path / "taken").stat().st_size < len(CONTENT[DATA])  # nothing more was written there
 
 
 def test_a_file_that_another_process_finished_is_used(server, tmp_path):
