@@ -18,8 +18,11 @@ import numpy as np
 
 DOWNLOAD_AGAIN = "delete the file and run again to download it"
 BUNDLE_KEY = b""  # the table's first key holds the BundleHeaderProto
-DT_FLOAT, LITTLE_ENDIAN = 1, 0
-MAX_DIMS = 8  # GPT-2's variables have 1 to 3; NumPy stops at 32
+DT_FLOAT, DT_STRING, LITTLE_ENDIAN = 1, 7, 0
+# Bytes of one number by dtype (tensorflow/core/framework/types.proto): the floats, integers and booleans.
+ITEM_SIZES = {DT_FLOAT: 4, 2: 8, 3: 4, 4: 1, 5: 2, 6: 1, 9: 8, 10: 1, 14: 2, 17: 2, 19: 2, 22: 4, 23: 8}
+# What a file that means harm could ask for without end. 1558M's index has 20 kB, names of 25 bytes, 1 to 3 dimensions.
+MAX_INDEX_SIZE, MAX_NAME, MAX_DIMS = 1 << 20, 512, 8
 
 # ----------------------------------------------------------------------------------------------------------------------
 # crc32c, as TensorFlow stores it
@@ -80,10 +83,12 @@ def take(data: bytes, at: int, size: int) -> tuple[bytes, int]:
     return data[at : at + size], at + size
 
 
-def read_block(table: bytes, handle: bytes) -> bytes:
-    """The entries of the block that `handle` (offset, size) points to, its checksum verified."""
+def read_block(table: bytes, handle: bytes, start: int = 0) -> tuple[bytes, int]:
+    """(entries, end) of the block that `handle` (offset, size) points to, from `start` on, its checksum verified."""
     offset, at = read_varint(handle, 0)
     size, _ = read_varint(handle, at)
+    if offset < start:
+        raise Damaged(f"block at byte {offset} begins within the one before, which ends at {start}")
     block, at = take(table, offset, size)
     trailer, _ = take(table, at, BLOCK_TRAILER_SIZE)
     expected, found = int.from_bytes(trailer[1:], "little"), mask_crc32c(crc32c(block + trailer[:1]))
@@ -95,7 +100,7 @@ def read_block(table: bytes, handle: bytes) -> bytes:
     entries_size = len(block) - 4 - 4 * n_restarts
     if entries_size < 0:
         raise Damaged(f"block at byte {offset} has {n_restarts} restart points in {len(block)} bytes")
-    return block[:entries_size]
+    return block[:entries_size], at + BLOCK_TRAILER_SIZE
 
 
 def block_entries(block: bytes):
@@ -107,6 +112,8 @@ def block_entries(block: bytes):
         n_value, at = read_varint(block, at)
         if n_shared > len(key):
             raise Damaged(f"a key shares {n_shared} bytes with one of {len(key)}")
+        if n_shared + n_key > MAX_NAME:
+            raise Damaged(f"a key of {n_shared + n_key} bytes, expected {MAX_NAME} at most")
         suffix, at = take(block, at, n_key)
         value, at = take(block, at, n_value)
         key = key[:n_shared] + suffix
@@ -124,8 +131,11 @@ def table_entries(table: bytes):
     read_block(table, footer)  # the meta-index, empty in a bundle
     _, at = read_varint(footer, 0)
     _, at = read_varint(footer, at)
-    for _, handle in block_entries(read_block(table, footer[at:])):
-        yield from block_entries(read_block(table, handle))
+    index, _ = read_block(table, footer[at:])
+    end = 0
+    for _, handle in block_entries(index):
+        block, end = read_block(table, handle, end)  # each after the last: read again and again, one could take hours
+        yield from block_entries(block)
 
 
 def message_fields(message: bytes) -> dict[int, list]:
@@ -157,7 +167,7 @@ def single(fields: dict[int, list], number: int, kind: type):
     return value
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """Where one variable lies: BundleEntryProto."""
 
@@ -180,17 +190,27 @@ class Entry:
         dtype, shard, offset, size, crc = (single(fields, number, int) for number in (1, 3, 4, 5, 6))
         return Entry(dtype, tuple(shape), shard, offset, size, crc, is_sliced=7 in fields)
 
+    def is_as_large_as_its_shape(self) -> bool:
+        if len(self.shape) > MAX_DIMS or not self.size:  # the product of a million dimensions takes minutes
+            return False
+        if self.dtype == DT_STRING:  # a byte or more each
+            return math.prod(self.shape) <= self.size
+        return self.size == ITEM_SIZES.get(self.dtype, 0) * math.prod(self.shape)
+
 
 def read_index(path: str) -> tuple[int, int, dict[str, Entry]]:
     """(number of shards, byte order, entries by variable name) of an index file. ValueError: it is damaged."""
     with open(path, "rb") as f:
-        table = f.read()
+        table = f.read(MAX_INDEX_SIZE + 1)
     try:
-        header, *variables = list(table_entries(table)) or [(None, b"")]
-        if header[0] != BUNDLE_KEY:
+        if len(table) > MAX_INDEX_SIZE:
+            raise Damaged(f"more than {MAX_INDEX_SIZE} bytes")
+        variables = table_entries(table)
+        key, header = next(variables, (None, b""))
+        if key != BUNDLE_KEY:
             raise Damaged("no bundle header, expected it as the first entry")
-        fields = message_fields(header[1])
-        entries = {}
+        fields = message_fields(header)
+        entries: dict[str, Entry] = {}
         for key, value in variables:
             name = key.decode("utf-8")
             if name in entries:
@@ -206,8 +226,8 @@ def read_index(path: str) -> tuple[int, int, dict[str, Entry]]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def data_path(prefix: str) -> str:
-    return prefix + ".data-00000-of-00001"
+def data_path(prefix: str, shard: int = 0, n_shards: int = 1) -> str:
+    return f"{prefix}.data-{shard:05}-of-{n_shards:05}"
 
 
 def why_not_mappable(n_shards: int, byte_order: int, entries: dict[str, Entry]) -> str | None:
@@ -222,23 +242,34 @@ def why_not_mappable(n_shards: int, byte_order: int, entries: dict[str, Entry]) 
     return None
 
 
-def check_layout(index_path: str, path: str, entries: dict[str, Entry]) -> None:
-    """ValueError unless the entries lie side by side in the data file, each as large as its shape, and fill it."""
-    end = 0
+def check_layout(prefix: str, n_shards: int, entries: dict[str, Entry], path: str | None = None) -> None:
+    """ValueError unless the entries lie side by side in their shard's file, each as large as its shape, and fill it.
+
+    `path` is the one data file where it does not bear its final name yet.
+    """
+    index_path = prefix + ".index"
+    if not entries:
+        raise ValueError(f"{index_path} names no variables, expected a model's; {DOWNLOAD_AGAIN}")
+    ends: dict[int, int] = {}
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
-        if not 0 < entry.size == 4 * math.prod(entry.shape) or len(entry.shape) > MAX_DIMS or entry.shard != 0:
+        if not entry.is_as_large_as_its_shape() or entry.shard >= n_shards:
             raise ValueError(
-                f"{index_path}: {name} has {entry.size} bytes in shard {entry.shard}, "
-                f"expected 4 for each number of shape {list(entry.shape)[:MAX_DIMS]} in shard 0; {DOWNLOAD_AGAIN}"
+                f"{index_path}: {name} has {entry.size} bytes in shard {entry.shard}, expected those of shape "
+                f"{list(entry.shape[:MAX_DIMS])} and dtype {entry.dtype} in one of {n_shards}; {DOWNLOAD_AGAIN}"
             )
+        end = ends.get(entry.shard, 0)
         if entry.offset < end:
             raise ValueError(
                 f"{index_path}: {name} begins at byte {entry.offset}, expected {end} or later; {DOWNLOAD_AGAIN}"
             )
-        end = entry.offset + entry.size
-    size = os.path.getsize(path)
-    if size != end:
-        raise ValueError(f"{path} has {size} bytes, expected {end} as its index says; {DOWNLOAD_AGAIN}")
+        ends[entry.shard] = entry.offset + entry.size
+    for shard, end in ends.items():
+        shard_path = path or data_path(prefix, shard, n_shards)
+        if n_shards > 1 and not os.path.exists(shard_path):
+            raise ValueError(f"{shard_path} is missing, {index_path} has {n_shards} shards; copy it there")
+        size = os.path.getsize(shard_path)
+        if size != end:
+            raise ValueError(f"{shard_path} has {size} bytes, expected {end} as its index says; {DOWNLOAD_AGAIN}")
 
 
 def read_checkpoint(prefix: str) -> dict[str, np.ndarray]:
@@ -249,14 +280,12 @@ def read_checkpoint(prefix: str) -> dict[str, np.ndarray]:
 
     FileNotFoundError: a file is missing. ValueError: one is damaged, or needs TensorFlow.
     """
-    index_path, path = prefix + ".index", data_path(prefix)
-    n_shards, byte_order, entries = read_index(index_path)
+    n_shards, byte_order, entries = read_index(prefix + ".index")
+    check_layout(prefix, n_shards, entries)
     if reason := why_not_mappable(n_shards, byte_order, entries):
-        return read_with_tensorflow(prefix, reason)
-    if not entries:
-        raise ValueError(f"{index_path} names no variables, expected a model's; {DOWNLOAD_AGAIN}")
-    check_layout(index_path, path, entries)
-    with open(path, "rb") as f:
+        numbers = [name for name, entry in entries.items() if entry.dtype != DT_STRING]
+        return read_with_tensorflow(prefix, numbers, reason)
+    with open(data_path(prefix), "rb") as f:
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     return {
         name: np.frombuffer(mapped, "<f4", math.prod(entry.shape), entry.offset).reshape(entry.shape)
@@ -264,8 +293,8 @@ def read_checkpoint(prefix: str) -> dict[str, np.ndarray]:
     }
 
 
-def read_with_tensorflow(prefix: str, reason: str) -> dict[str, np.ndarray]:
-    """Any checkpoint that TensorFlow can read; floating-point variables become float32."""
+def read_with_tensorflow(prefix: str, names: list[str], reason: str) -> dict[str, np.ndarray]:
+    """Variables of any checkpoint that TensorFlow can read; floating-point ones become float32."""
     try:
         import tensorflow as tf  # needed for foreign checkpoints only, and takes seconds to import
     except ImportError as e:
@@ -274,7 +303,7 @@ def read_with_tensorflow(prefix: str, reason: str) -> dict[str, np.ndarray]:
         ) from e
     try:
         reader = tf.train.load_checkpoint(prefix)
-        arrays = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+        arrays = {name: reader.get_tensor(name) for name in names}
     except (tf.errors.OpError, ValueError, RuntimeError) as e:
         raise ValueError(f"{prefix}: TensorFlow cannot read it: {str(e).splitlines()[0]}; {DOWNLOAD_AGAIN}") from e
     floats = {name for name, dtype in reader.get_variable_to_dtype_map().items() if dtype.is_floating}
@@ -294,7 +323,7 @@ def verify_checkpoint(prefix: str, path: str | None = None) -> None:
     n_shards, byte_order, entries = read_index(prefix + ".index")
     if reason := why_not_mappable(n_shards, byte_order, entries):
         raise ValueError(f"{prefix}.index has {reason}: its checksums cannot be compared; convert it to float32")
-    check_layout(prefix + ".index", path, entries)
+    check_layout(prefix, n_shards, entries, path)
     total = sum(entry.size for entry in entries.values())
     with open(path, "rb") as f, tqdm(total=total, unit="B", unit_scale=True, desc="verify", leave=False) as bar:
         for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from bundles import index_of
 from conftest import MODELS, ROOT
 
 import checkpoint
@@ -149,40 +150,8 @@ def hostile_index(prefix, changes):
     for name, change in changes.items():
         for field, value in change.items():
             setattr(entries[name], field, value)
-    body = b""
-    header = b"\x08\x01\x1a\x02\x08\x01"
-    for key, value in [(b"", header), *((name.encode(), entry_message(entry)) for name, entry in entries.items())]:
-        body += varint(0) + varint(len(key)) + varint(len(value)) + key + value
-    blocks = block(body)
-    index_at = len(blocks)
-    handle = varint(0) + varint(index_at - 5)
-    blocks += block(varint(0) + varint(1) + varint(len(handle)) + b"z" + handle)
-    meta_at = len(blocks)
-    blocks += block(b"")
-    footer = varint(meta_at) + varint(8) + varint(index_at) + varint(meta_at - index_at - 5)
-    magic = checkpoint.TABLE_MAGIC.to_bytes(8, "little")
     with open(prefix + ".index", "wb") as f:
-        f.write(blocks + footer.ljust(40, b"\0") + magic)
-
-
-def block(entries):
-    content = entries + bytes(4) + (1).to_bytes(4, "little")
-    return content + b"\0" + checkpoint.mask_crc32c(checkpoint.crc32c(content + b"\0")).to_bytes(4, "little")
-
-
-def varint(value):
-    out = b""
-    while value > 0x7F:
-        out += bytes([value & 0x7F | 0x80])
-        value >>= 7
-    return out + bytes([value])
-
-
-def entry_message(entry):
-    shape = b"".join(b"\x12" + varint(len(b"\x08" + varint(n))) + b"\x08" + varint(n) for n in entry.shape)
-    message = b"\x08" + varint(entry.dtype) + b"\x12" + varint(len(shape)) + shape
-    message += b"\x18" + varint(entry.shard) + b"\x20" + varint(entry.offset) + b"\x28" + varint(entry.size)
-    return message + b"\x35" + entry.masked_crc32c.to_bytes(4, "little")
+        f.write(index_of(entries))
 
 
 def test_a_rewritten_index_reads_the_same(nano_copy):
@@ -244,7 +213,7 @@ def test_several_shards_are_read_through_tensorflow(tmp_path):
 
 
 def test_without_tensorflow_the_error_says_what_to_install(nano_copy):
-    hostile_index(nano_copy, {"model/wte": {"dtype": 19}})
+    hostile_index(nano_copy, {"model/wte": {"dtype": 3}})
     code = f"import sys; sys.modules['tensorflow'] = None; import checkpoint; checkpoint.read_checkpoint({nano_copy!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "model/wte as dtype 19, not float32" in done.stderr and "pip install tensorflow" in done.stderr
+    assert "model/wte as dtype 3, not float32" in done.stderr and "pip install tensorflow" in done.stderr
