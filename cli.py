@@ -26,6 +26,13 @@ def typed_list(text: str) -> list[str]:
     return text.split(SEPARATOR)
 
 
+class Nothing:
+    """What the command gives back to fire: it has no members that one argument too many could name."""
+
+    def __dir__(self):
+        return ()
+
+
 def join_values(argv: list[str], parameters: dict[str, inspect.Parameter]) -> list[str]:
     """`--name value` as `--name=value`, `--name` of a yes-or-no flag as `--name=True`, `-- text` as the first argument.
 
@@ -65,16 +72,20 @@ def parse_arguments(command: Callable, argv: list[str]) -> dict:
     @functools.wraps(command)
     def bind(*args, **kwargs):
         bound.update(inspect.signature(command).bind(*args, **kwargs).arguments)
+        return Nothing()
 
     # fire ends a call's arguments at a separator, "-" unless told; no argument can hold a NUL.
     argv = [*join_values(argv, parameters), "--", f"--separator={SEPARATOR}"]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # fire's own message is a page
-            fire.Fire(fire.decorators.SetParseFns(**parsers)(bind), command=argv)
+            parsed = fire.decorators.SetParseFns(**parsers)(bind)
+            fire.Fire(parsed, command=argv, serialize=lambda result: None)
+        return bound
     except fire.core.FireExit as e:
         problem = e.trace.elements[-1].ErrorAsStr()
-        fail(f"{problem}; --help lists the flags, and -- stands before text that begins with a dash", status=2)
-    return bound
+    except Exception as e:  # `bind` only takes note: what else fails, such as reading {[]: 1}, is the arguments' fault
+        problem = str(e)
+    fail(f"{problem}; --help lists the flags, and -- stands before text that begins with a dash", status=2)
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -106,7 +117,9 @@ def write_text(pieces: Iterable[str]) -> None:
 
 
 def fail(message: str, status: int = 1):
-    print(f"error: {message}", file=sys.stderr)
+    # A name may hold a line end, or what a terminal obeys.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    print(f"error: {line}", file=sys.stderr)
     raise SystemExit(status)
 
 

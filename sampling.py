@@ -10,7 +10,6 @@ agree often, and the text does not depend on whether there was a draft (Daliri e
 speculative decoding).
 """
 
-import math
 import secrets
 from collections.abc import Callable
 from functools import partial
@@ -147,7 +146,8 @@ def make_sampler(
     top_p 1 and min_p 0 keep every token, repetition_penalty 1 is none, seed None takes one at random.
     ValueError: a value outside its range, named with the range.
     """
-    check("temperature", temperature, is_number(temperature) and 0 <= temperature < math.inf, "a number of 0 or more")
+    in_range = is_number(temperature) and (temperature == 0 or 1e-6 <= temperature <= 1e6)  # float32 divides by it
+    check("temperature", temperature, in_range, "0 or a number from 1e-6 to 1e6")
     check("top_k", top_k, is_whole(top_k) and top_k >= 0, "a whole number of 0 (all) or more")
     check("top_p", top_p, is_number(top_p) and 0 < top_p <= 1, "a number above 0 and up to 1 (all)")
     check("min_p", min_p, is_number(min_p) and 0 <= min_p <= 1, "a number from 0 (all) to 1")

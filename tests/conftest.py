@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODELS = os.path.join(ROOT, "models")
@@ -15,6 +16,10 @@ sys.path.insert(0, ROOT)
 
 from gpt2 import Model  # noqa: E402
 from utils import expected_shapes, load_encoder_hparams_and_params, nest_params  # noqa: E402
+
+# The same examples in every run, however slow the machine, and no folder of them.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 
 def random_variables(hparams, seed=0):

@@ -1,5 +1,7 @@
 """The command line as a user meets it: a subprocess, its streams and its status."""
 
+import contextlib
+import io
 import os
 import shutil
 import signal
@@ -10,8 +12,12 @@ from itertools import takewhile
 
 import pytest
 from conftest import MODELS, ROOT, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import cli
 import gpt2
+import speculative
 
 GPT2 = ("gpt2.py", "--model_size=nano", "--n_tokens_to_generate=8")
 
@@ -76,6 +82,78 @@ def test_a_mistake_is_one_line(args, message, status):
     done = run("gpt2.py", "--model_size=tiny", *args)
     assert (done.returncode, done.stdout) == (status, "")
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+FLAGS = [
+    "prompt",
+    "n_tokens_to_generate",
+    "stats",
+    "n_draft",
+    "n_gram",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "verify",
+]
+FLAGS += ["drafter", "models_dir", "model_size", "help", "separator", "interactive", "completion", "trace", "nostats"]
+VALUES = st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([10**400, "1e-320", "0x" + "f" * 9000])
+ARGUMENTS = (
+    st.sampled_from(
+        ["", "-", "--", "-h", "-n", "-s", "---", "--=1", "x", "1", "0", "-1", "2.5", "1e999", "nan", "nano"]
+    )
+    | st.sampled_from(["None", "True", "[1, {}]", "{[]: 1}", "{{}}", "(" * 300, "-" * 5000 + "1", "9" * 5000, "1e-320"])
+    | st.sampled_from(
+        ["__doc__", "__class__", "__init_subclass__", "mro", "a\nb", "\x1b[2J", "\udcff", "lookup", "both"]
+    )
+    | st.sampled_from(FLAGS).map("--{}".format)
+    | st.builds("--{}={}".format, st.sampled_from(FLAGS), VALUES)
+    | st.text(st.characters(exclude_characters="\0/"), max_size=10)
+)
+
+
+def outcome(action):
+    """(status, stdout, stderr) of `action` as the shell would see it. Any exception but SystemExit is a traceback."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            action()
+        except SystemExit as e:
+            status = e.code
+    return status, out.getvalue(), err.getvalue()
+
+
+@settings(max_examples=300)
+@given(st.sampled_from([gpt2.main, speculative.main]), st.lists(ARGUMENTS, max_size=6))
+def test_any_arguments_are_understood_or_refused_in_one_line(command, argv):
+    argv = [arg for arg in argv if arg not in ("-h", "--help")]  # cli.run answers these itself
+    status, out, err = outcome(lambda: cli.parse_arguments(command, argv))
+    assert out == ""
+    assert (status, err) == (0, "") or (status == 2 and err.count("\n") == 1 and err.startswith("error: "))
+
+
+@pytest.fixture(scope="module")
+def folder_with_nano(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("arguments")
+    shutil.copytree(os.path.join(MODELS, "nano"), folder / "models" / "nano")
+    return folder
+
+
+BASE = ["--n_tokens_to_generate=3", "--model_size=nano"]
+SPECULATIVE_BASE = ["--n_tokens_to_generate=3", "--target_model_size=nano", "--draft_model_size=nano"]
+
+
+@settings(max_examples=150)
+@given(st.booleans(), st.lists(ARGUMENTS, max_size=5))
+def test_any_arguments_give_a_run_or_one_line(folder_with_nano, is_speculative, argv):
+    command, base = (speculative.main, SPECULATIVE_BASE) if is_speculative else (gpt2.main, BASE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder_with_nano)
+        patch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")
+        patch.setattr(sys, "argv", ["gpt2.py", *base, *argv])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a prompt")))
+        status, out, err = outcome(lambda: cli.run(command))
+    assert status == 0 or (status in (1, 2) and out == "" and err.count("\n") == 1 and err.startswith("error: "))
 
 
 def test_help_is_the_whole_manual():

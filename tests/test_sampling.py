@@ -239,7 +239,9 @@ def test_margin_is_the_lead_of_the_choice():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"temperature": -1}, "temperature is -1, expected a number of 0 or more"),
+        ({"temperature": -1}, "temperature is -1, expected 0 or a number from 1e-6 to 1e6"),
+        ({"temperature": 1e-320}, "temperature is 1e-320"),
+        ({"temperature": 10**400}, "temperature is 1000"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"temperature": math.inf}, "temperature is inf"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
