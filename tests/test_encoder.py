@@ -6,8 +6,10 @@ import time
 
 import pytest
 from conftest import MODELS, ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from encoder import END_OF_TEXT, Encoder, get_encoder, read_merge_ranks, read_token_ids
+from encoder import BYTE_TO_CHAR, END_OF_TEXT, WORDS, Encoder, get_encoder, read_merge_ranks, read_token_ids
 
 with open(os.path.join(ROOT, "tests", "goldens", "gpt2_tokens.json"), encoding="utf-8") as f:
     GOLDENS = json.load(f)
@@ -97,6 +99,41 @@ def test_any_text_survives(encoder, text):
     assert encoder.decode(ids) == text
     assert "".join(encoder.decode_stream(ids)) == text
     assert encoder.eot_id not in ids
+
+
+@given(st.text(st.characters()))  # lone surrogates too
+def test_every_text_survives(encoder, text):
+    ids = encoder.encode(text)
+    expected = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert encoder.decode(ids) == "".join(encoder.decode_stream(ids)) == expected
+
+
+@given(st.text(st.sampled_from("the aou'sl\n 1.é日") | st.characters(exclude_categories=("Cs",)), max_size=80))
+def test_every_text_is_encoded_as_by_openais_procedure(encoder, text):
+    words = ["".join(BYTE_TO_CHAR[b] for b in word.encode()) for word in WORDS.findall(text)]
+    assert encoder.encode(text) == [i for word in words for i in slow_merge(encoder, word)]
+
+
+@given(st.lists(st.integers(0, 2047)))
+def test_any_ids_give_text_and_the_stream_gives_the_same(encoder, ids):
+    assert "".join(encoder.decode_stream(ids)) == encoder.decode(ids)
+
+
+@given(st.lists(st.text(st.sampled_from("<|endoftxt>") | st.characters(exclude_categories=("Cs",)))))
+def test_every_end_of_text_is_special_on_request_and_none_without(encoder, parts):
+    text = END_OF_TEXT.join(parts)
+    ids = encoder.encode(text, allow_special=True)
+    assert ids.count(encoder.eot_id) == text.count(END_OF_TEXT) and encoder.eot_id not in encoder.encode(text)
+    assert encoder.decode(ids) == text
+
+
+@settings(max_examples=30)
+@given(st.text(st.sampled_from("a e\t'.1🙂日\u0301") | st.characters(), min_size=1, max_size=6))
+def test_no_repeated_text_is_quadratic(encoder, unit):
+    text = unit * (100_000 // len(unit))
+    started = time.process_time()
+    encoder.encode(text)
+    assert time.process_time() - started < 10  # 0.02 to 0.3 s were measured; a quadratic merge takes minutes
 
 
 def test_lone_surrogates_become_replacement_characters(encoder):
