@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 
@@ -25,6 +26,7 @@ HPARAMS, TOKEN_IDS, MERGES = "hparams.json", "encoder.json", "vocab.bpe"
 CHECKPOINT = "model.ckpt"
 INDEX, DATA = CHECKPOINT + ".index", data_path(CHECKPOINT)
 MODEL_FILES = (HPARAMS, TOKEN_IDS, MERGES, INDEX, DATA)  # the order matters: each is checked with the ones before it
+MAX_SIZES = {HPARAMS: 1 << 16, TOKEN_IDS: 1 << 24, MERGES: 1 << 24}  # OpenAI's have 90, 1.0e6 and 0.5e6 bytes
 SHA256 = {
     # The vocabulary is the same for all sizes; the other files' hashes are published for 124M only.
     TOKEN_IDS: "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -66,6 +68,25 @@ def check_file(model_size: str, name: str, path: str, folder: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_files(folder: str) -> None:
+    """ValueError unless each of a model's files is a file of this folder, and not larger than it can be.
+
+    A pipe would be waited for and a device be read without end, and a link could pass off any file of this machine as
+    the model's. A link to the whole folder is the user's own.
+    """
+    home = os.path.realpath(folder)
+    for name in MODEL_FILES:
+        path = os.path.join(folder, name)
+        real = os.path.realpath(path)
+        status = os.stat(path)
+        if os.path.commonpath([home, real]) != home:
+            raise ValueError(f"{path} is a link to {real}, out of its folder; copy the file, or link the whole folder")
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is a folder, a pipe or a device, expected a file; put the model's file there")
+        if status.st_size > (limit := MAX_SIZES.get(name, status.st_size)):
+            raise ValueError(f"{path} has {status.st_size} bytes, expected {limit} at most; download the file again")
 
 
 def read_hparams(path: str) -> dict[str, int]:
@@ -215,6 +236,7 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models")
     ValueError: no such model, or a damaged one. ConnectionError: it could not be fetched.
     """
     folder = find_model(model_size, models_dir)
+    check_files(folder)
     hparams = read_hparams(os.path.join(folder, HPARAMS))
     encoder = read_encoder(model_size, models_dir, hparams)
     prefix = os.path.join(folder, CHECKPOINT)

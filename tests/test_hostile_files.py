@@ -9,10 +9,11 @@ import tracemalloc
 import numpy as np
 import pytest
 from bundles import HEADER, entry_message, index_of, table, table_entry, varint, with_right_checksums, write_bundle
-from conftest import MODELS, random_variables
+from conftest import MODELS, random_variables, run
 
-from checkpoint import MAX_INDEX_SIZE, Entry, data_path, read_checkpoint, verify_checkpoint
-from utils import nest_params
+import utils
+from checkpoint import MAX_INDEX_SIZE, Entry, data_path, read_checkpoint, read_index, verify_checkpoint
+from utils import MODEL_FILES, load_encoder_hparams_and_params, nest_params
 
 HPARAMS = {"n_vocab": 3, "n_ctx": 2, "n_embd": 2, "n_head": 1, "n_layer": 1}
 NANO = os.path.join(MODELS, "nano")
@@ -206,3 +207,63 @@ def test_an_index_without_variables_is_not_verified_either(prefix):
     fault_of(prefix, "names no variables")
     with pytest.raises(ValueError, match="names no variables"):
         verify_checkpoint(prefix)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that are none
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load(folder):
+    return load_encoder_hparams_and_params(folder.name, str(folder.parent))
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_a_link_out_of_the_folder_is_refused(nano_copy, name):
+    outside = nano_copy.parent.parent / "outside"
+    shutil.move(nano_copy / name, outside)
+    (nano_copy / name).symlink_to("../../outside")
+    with pytest.raises(ValueError, match=f"{name} is a link to .*outside, out of its folder"):
+        load(nano_copy)
+
+
+def test_links_within_the_folder_and_to_the_folder_are_the_users(nano_copy):
+    for name in MODEL_FILES:
+        (nano_copy / f"my-{name}").symlink_to(name)
+        os.replace(nano_copy / name, nano_copy / f"its-{name}")
+        (nano_copy / name).symlink_to(f"its-{name}")
+    (nano_copy.parent / "linked").symlink_to(nano_copy)
+    load(nano_copy.parent / "linked")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "model.ckpt.index"])
+def test_a_link_to_nothing_or_to_itself_is_missing(nano_copy, target):
+    os.remove(nano_copy / "model.ckpt.index")
+    (nano_copy / "model.ckpt.index").symlink_to(target)
+    with pytest.raises(ValueError, match="nano lacks model.ckpt.index"):
+        load(nano_copy)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_a_pipe_is_not_waited_for_and_a_folder_is_no_file(nano_copy, name, make):
+    os.remove(nano_copy / name)
+    make(nano_copy / name)
+    with pytest.raises(ValueError, match=f"{name} is a folder, a pipe or a device"):
+        load(nano_copy)
+
+
+@pytest.mark.parametrize("name", sorted(utils.MAX_SIZES))
+def test_a_text_file_of_a_terabyte_is_not_read(nano_copy, modest, name):
+    os.truncate(nano_copy / name, 1 << 40)
+    with pytest.raises(ValueError, match=f"{name} has {1 << 40} bytes, expected .* at most"):
+        load(nano_copy)
+
+
+def test_a_hostile_name_stays_on_one_line(nano_copy):
+    index = read_index(str(nano_copy / "model.ckpt.index"))[2]
+    index["a\n\x1b[2Jb"] = float_entry(1 << 40)
+    write_bytes(nano_copy / "model.ckpt.index", index_of(index | {"a\n\x1b[2Jb": Entry(1, (), 9, 0, 4, 0, False)}))
+    done = run("gpt2.py", "x", "--model_size", "nano", "--models_dir", nano_copy.parent)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and r"a\n\x1b[2Jb has 4 bytes in shard 9" in done.stderr
