@@ -161,13 +161,15 @@ def read_merge_ranks(path: str, token_ids: dict[str, int]) -> dict[tuple[str, st
     pairs = [tuple(line.split()) for line in lines[1:]]
     while pairs and not pairs[-1]:
         pairs.pop()
+    ranks: dict[tuple[str, str], int] = {}
     for number, pair in enumerate(pairs, start=2):
-        if len(pair) != 2 or pair[0] + pair[1] not in token_ids:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= token_ids.keys() or pair in ranks:
             raise ValueError(
-                f"{path}, line {number}: expected two pieces that make a token of encoder.json, "
+                f"{path}, line {number}: expected two pieces that make a token of encoder.json, each pair once, "
                 f"found {' '.join(pair)[:40]!r}; the two files must belong together"
             )
-    return {pair: rank for rank, pair in enumerate(pairs)}
+        ranks[pair] = len(ranks)
+    return ranks
 
 
 def get_encoder(model_size: str, models_dir: str = "models") -> Encoder:

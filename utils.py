@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import reprlib
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -99,7 +100,9 @@ def read_hparams(path: str) -> dict[str, int]:
     for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
         value = hparams.get(name) if isinstance(hparams, dict) else None
         if type(value) is not int or not 0 < value < 1 << 31:
-            raise ValueError(f"{path}: {name} is {value!r}, expected a whole number above 0; download the file again")
+            raise ValueError(
+                f"{path}: {name} is {reprlib.repr(value)}, expected a whole number above 0; download the file again"
+            )
     if hparams["n_embd"] % hparams["n_head"]:
         raise ValueError(
             f"{path}: n_embd {hparams['n_embd']} is no multiple of n_head {hparams['n_head']}; download the file again"
