@@ -1,6 +1,8 @@
 """Model files made to do harm: each must end in one ValueError that names the file, soon and within its own size."""
 
 import ast
+import glob
+import importlib.util
 import json
 import os
 import shutil
@@ -336,3 +338,22 @@ def test_nothing_that_reads_files_can_run_them():
             words += [node.id] if isinstance(node, ast.Name) else []
             words += [ast.unparse(node)] if isinstance(node, ast.Attribute) else []
             assert not {"pickle", "marshal", "shelve", "eval", "exec", "np.load", "yaml"} & set(words), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What fuzzing kept
+# ----------------------------------------------------------------------------------------------------------------------
+
+CORPUS = sorted(glob.glob(os.path.join(ROOT, "tests", "fuzz", "corpus", "*")))
+
+
+def test_the_kept_corpus_ends_in_readings_and_named_faults(monkeypatch):
+    """tests/fuzz/fuzz_files.py, one input after the other: `check` asserts what must hold."""
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    spec = importlib.util.spec_from_file_location("fuzz_files", os.path.join(ROOT, "tests", "fuzz", "fuzz_files.py"))
+    fuzz_files = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fuzz_files)
+    messages = [fuzz_files.check(read_bytes(path)) for path in CORPUS]
+    assert len(CORPUS) > 20 and sum(map(os.path.getsize, CORPUS)) < 300_000
+    assert {read_bytes(path)[:1] for path in CORPUS} >= fuzz_files.READERS.keys()
+    assert "" in messages and len({message.split(": ")[-1] for message in messages}) > 20  # many kinds of fault
