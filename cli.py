@@ -100,7 +100,8 @@ def read_prompt(prompt: str | None) -> str:
 
 def read_file(path: str) -> str:
     """The text of a file, or of stdin for "-". ValueError: it is not UTF-8."""
-    data = sys.stdin.buffer.read() if path == "-" else open(path, "rb").read()
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
+        data = f.read()
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:

@@ -27,6 +27,10 @@ N_GELU = 1 << 14  # numbers at once, so that the passes over them stay within th
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def embed(tokens, positions, wte, wpe):  # int[n_batch, n_new] -> [n_batch, n_new, n_embd]
+    return wte[tokens] + wpe[positions]
+
+
 def gelu(x):  # [..., n] -> [..., n], in place
     # The tanh form of Hendrycks & Gimpel 2016: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
     scale = math.sqrt(2 / math.pi)
@@ -42,10 +46,6 @@ def gelu(x):  # [..., n] -> [..., n], in place
         part *= 0.5
         part *= t
     return x
-
-
-def embed(tokens, start, wte, wpe):  # int[n_batch, n_new] -> [n_batch, n_new, n_embd]
-    return wte[tokens] + wpe[start : start + tokens.shape[1]]
 
 
 def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
@@ -132,10 +132,6 @@ def transformer_block(x, attend, n_head, n_rows, attn, ln_1, ln_2, mlp):
     x = x[:, x.shape[1] - n_rows :] + attention(layer_norm(x, **ln_1), attend, n_head, n_rows, **attn)
     x += feed_forward(layer_norm(x, **ln_2), **mlp)
     return x
-
-
-def embed(tokens, positions, wte, wpe):  # int[n_batch, n_new] -> [n_batch, n_new, n_embd]
-    return wte[tokens] + wpe[positions]
 
 
 def gpt2(tokens, cache, n_last, n_head, n_scored, wte, wpe, blocks, ln_f):

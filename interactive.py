@@ -4,6 +4,7 @@ An empty line goes on with the text so far. What a prompt has in common with the
 not computed again. Ctrl-C ends the text that is being written, Ctrl-D the program.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -16,10 +17,8 @@ def lines() -> Iterator[str]:
     """What is typed, until Ctrl-D; from a pipe, its lines."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        try:
+        with contextlib.suppress(ImportError):  # not on Windows, which has its own
             import readline  # noqa: F401  # gives input() its line editing and history
-        except ImportError:
-            pass  # not on Windows, which has its own
     while True:
         try:
             yield input("> " if is_terminal else "")

@@ -10,6 +10,7 @@ agree often, and the text does not depend on whether there was a draft (Daliri e
 speculative decoding).
 """
 
+import math
 import secrets
 from collections.abc import Callable
 from functools import partial

@@ -265,6 +265,7 @@ def find_problems(model_size: str, models_dir: str) -> list[str]:
     folder = os.path.join(models_dir, model_size)
     hparams_path, prefix = os.path.join(folder, HPARAMS), os.path.join(folder, CHECKPOINT)
     checks: list[Callable[[], object]] = [
+        lambda: check_files(folder),
         *(functools.partial(check_file, model_size, name, os.path.join(folder, name), folder) for name in MODEL_FILES),
         lambda: get_encoder(model_size, models_dir),
         lambda: read_encoder(model_size, models_dir, read_hparams(hparams_path)),
