@@ -5,10 +5,12 @@ a value would swallow the prompt, and a misspelt flag would be noticed after the
 """
 
 import contextlib
+import errno
 import functools
 import inspect
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -117,6 +119,11 @@ def write_text(pieces: Iterable[str]) -> None:
         sys.stdout.write("\n")
 
 
+def abandon_stdout() -> None:
+    """Python flushes stdout once more on the way out, and would complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def fail(message: str, status: int = 1):
     # A name may hold a line end, or what a terminal obeys.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
@@ -135,12 +142,23 @@ def choose(commands: dict[str, Callable], argv: list[str]) -> tuple[Callable, li
     raise SystemExit(0 if argv else 2)
 
 
+def end_quietly() -> None:
+    """Let Ctrl-C during the imports that follow end the program as it ends others; `run` takes over from there."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as under nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(command: Callable | dict[str, Callable]) -> None:
     """Call `command`, or the one of several that the first argument names, with the arguments of this process.
 
     Exits with the conventional status when it cannot go on.
     """
     argv = sys.argv[1:]
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: what would go there goes nowhere
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the run
     try:
         if isinstance(command, dict):
             command, argv = choose(command, argv)
@@ -152,10 +170,12 @@ def run(command: Callable | dict[str, Callable]) -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        # Python flushes stdout once more on the way out, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_stdout()
         sys.exit(BROKEN_PIPE)
     except (ValueError, ConnectionError) as e:
         fail(str(e))
     except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) and not e.filename:
+            abandon_stdout()
+            fail(f"cannot write the text: {e.strerror}")
         fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))

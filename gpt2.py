@@ -5,6 +5,11 @@
 Follows Radford et al. 2019 and openai/gpt-2's src/model.py, in the manner of picoGPT. Left out: training, dropout.
 """
 
+if __name__ == "__main__":
+    import cli
+
+    cli.end_quietly()  # before the other imports, which take most of a short run
+
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -68,28 +73,28 @@ def causal_mask(n):  # -> [n, n]
     return np.triu(np.full((n, n), MASKED, np.float32), 1)
 
 
-def attend(q, k, v, hidden=None):  # [..., n_rows, d_head], [..., n_seq, d_head] twice -> [..., n_rows, d_head]
+def attend(q, k, v, padding=None):  # [..., n_rows, d_head], [..., n_seq, d_head] twice -> [..., n_rows, d_head]
     """Scaled dot-product attention of the last n_rows positions, each seeing itself and what is before it.
 
-    `hidden`, float32[..., 1, n_seq], is added to the scores: MASKED for keys that are padding.
+    `padding`, float32[..., 1, n_seq], is added to the scores: MASKED for keys that are padding.
     """
     n_rows = q.shape[-2]
     if n_rows <= MAX_FEW_ROWS:
-        return attend_block(q, k, v, hidden)
+        return attend_block(q, k, v, padding)
     n_past = k.shape[-2] - n_rows
     out = np.empty_like(q)
-    hidden = None if hidden is None else np.broadcast_to(hidden, (*q.shape[:-2], 1, k.shape[-2]))
+    padding = None if padding is None else np.broadcast_to(padding, (*q.shape[:-2], 1, k.shape[-2]))
     for head in np.ndindex(q.shape[:-2]):  # one head and N_QUERIES at a time: their scores stay within the cache
         for start in range(0, n_rows, N_QUERIES):
             rows = slice(start, min(start + N_QUERIES, n_rows))
             seen = slice(0, n_past + rows.stop)
-            mask = None if hidden is None else hidden[head][:, seen]
+            mask = None if padding is None else padding[head][:, seen]
             out[head][rows] = attend_block(q[head][rows], k[head][seen], v[head][seen], mask)
     return out
 
 
-def attend_block(q, k, v, hidden):  # as attend
-    scores = attention_scores(q, k, hidden)
+def attend_block(q, k, v, padding):  # as attend
+    scores = attention_scores(q, k, padding)
     # softmax(scores) @ v, the division by the sum last, where there is less to divide
     scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
@@ -98,13 +103,13 @@ def attend_block(q, k, v, hidden):  # as attend
     return out
 
 
-def attention_scores(q, k, hidden):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [..., n_rows, n_seq]
+def attention_scores(q, k, padding):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [..., n_rows, n_seq]
     n_rows, d_head = q.shape[-2:]
     scores = matmul_heads(q * d_head**-0.5, k.swapaxes(-1, -2))
     if n_rows > 1:
         scores[..., -n_rows:] += causal_mask(n_rows)
-    if hidden is not None:
-        scores += hidden
+    if padding is not None:
+        scores += padding
     return scores
 
 
@@ -118,9 +123,9 @@ def attention(x, attend, n_head, n_rows, c_attn, c_proj):  # [n_batch, n_new, n_
 
 def remember_and_attend(cache, layer, q, k, v):  # as attend, to the keys of the past too
     k, v = cache.append(layer, k, v)
-    hidden = cache.hidden(k.shape[2])
-    cache.note(layer, q=q, k=k, hidden=hidden)
-    return attend(q, k, v, hidden)
+    padding = cache.padding(k.shape[2])
+    cache.note(layer, q=q, k=k, padding=padding)
+    return attend(q, k, v, padding)
 
 
 def feed_forward(x, c_fc, c_proj):  # [..., n_embd] -> [..., n_embd]
@@ -142,12 +147,25 @@ def gpt2(tokens, cache, n_last, n_head, n_scored, wte, wpe, blocks, ln_f):
         cache.note(i, x=x)
         n_rows = n_last if i == len(blocks) - 1 else n_new  # later blocks need every row, the output only the last
         x = transformer_block(x, partial(remember_and_attend, cache, i), n_head, n_rows, **params)
+    cache.note(len(blocks), x=x)
     return matmul(layer_norm(x, **ln_f), wte[:n_scored].T)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # State
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def describe_bad(array: np.ndarray) -> str:
+    return f"{array.size - np.count_nonzero(np.isfinite(array))} of {array.size} numbers are NaN or infinite"
+
+
+def bad_weights(params, name: str = "") -> list[str]:
+    """Which weights are not finite, by their names in the checkpoint's order, and how many of each."""
+    if isinstance(params, np.ndarray):
+        return [] if np.isfinite(params).all() else [f"{describe_bad(params)} in {name}"]
+    items = params.items() if isinstance(params, dict) else enumerate(params)
+    return [bad for key, value in items for bad in bad_weights(value, f"{name}/{key}" if name else str(key))]
 
 
 class Model:
@@ -176,7 +194,7 @@ class Model:
 
         Row i of the result scores the token after the (n_new - n_last + i)-th new one. The cache then holds the new
         tokens too. ValueError: no token, an id outside the vocabulary, more tokens than the context has room for, or
-        more rows than tokens.
+        more rows than tokens, or logits that are NaN or infinite.
         """
         tokens = np.asarray(tokens)
         n_vocab, n_ctx = self.hparams["n_vocab"], self.hparams["n_ctx"]
@@ -192,11 +210,16 @@ class Model:
         if cache.length + n_new > n_ctx:
             raise ValueError(f"{cache.length} tokens and {n_new} more exceed the context of {n_ctx}; feed fewer")
         forward = partial(gpt2, n_head=self.hparams["n_head"], n_scored=self.n_scored, **self.params)
-        if can_share(n_new, cache, self.sample):
-            logits = in_parts(forward, tokens, cache, n_last, self.hparams["n_embd"])
-        else:
-            with products_for(n_batch * n_new, self.sample, self.is_draft):
-                logits = forward(tokens, cache, n_last)
+        with np.errstate(invalid="ignore", over="ignore"):  # what comes of it is found below
+            if can_share(n_new, cache, self.sample):
+                logits = in_parts(forward, tokens, cache, n_last, self.hparams["n_embd"])
+            else:
+                with products_for(n_batch * n_new, self.sample, self.is_draft):
+                    logits = forward(tokens, cache, n_last)
+        if not np.isfinite(logits).all():
+            raise ValueError(
+                f"the logits have {describe_bad(logits)}: {'; '.join(bad_weights(self.params)) or 'overflow'}"
+            )
         cache.advance(n_new)
         return logits
 

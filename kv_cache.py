@@ -45,7 +45,7 @@ class KVCache:
         self.values[layer, :, :, self._length : stop] = v
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
-    def hidden(self, n_seq):  # -> None or [n_batch, 1, 1, n_seq]
+    def padding(self, n_seq):  # -> None or [n_batch, 1, 1, n_seq]
         if not self.n_pad.any():
             return None
         return np.where(np.arange(n_seq) < self.n_pad[:, None], np.float32(MASKED), np.float32(0))[:, None, None]

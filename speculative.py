@@ -11,6 +11,11 @@ taken. Sampled text is the same too, because noise belongs to positions (samplin
 A drafter is any callable (tokens, n_max) -> at most n_max guesses of what follows. Left out: trees of guesses.
 """
 
+if __name__ == "__main__":
+    import cli
+
+    cli.end_quietly()  # before the other imports, which take most of a short run
+
 import json as json_format
 import os
 import statistics

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cli
+import console
 import gpt2
 import speculative
 
@@ -124,7 +125,7 @@ def outcome(action):
 
 
 @settings(max_examples=300)
-@given(st.sampled_from([gpt2.main, speculative.main]), st.lists(ARGUMENTS, max_size=6))
+@given(st.sampled_from([console.main, speculative.main]), st.lists(ARGUMENTS, max_size=6))
 def test_any_arguments_are_understood_or_refused_in_one_line(command, argv):
     argv = [arg for arg in argv if arg not in ("-h", "--help")]  # cli.run answers these itself
     status, out, err = outcome(lambda: cli.parse_arguments(command, argv))
@@ -146,7 +147,7 @@ SPECULATIVE_BASE = ["--n_tokens_to_generate=3", "--target_model_size=nano", "--d
 @settings(max_examples=150)
 @given(st.booleans(), st.lists(ARGUMENTS, max_size=5))
 def test_any_arguments_give_a_run_or_one_line(folder_with_nano, is_speculative, argv):
-    command, base = (speculative.main, SPECULATIVE_BASE) if is_speculative else (gpt2.main, BASE)
+    command, base = (speculative.main, SPECULATIVE_BASE) if is_speculative else (console.main, BASE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder_with_nano)
         patch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")
