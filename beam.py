@@ -54,7 +54,7 @@ def beam_search(
     """
     check_request(model, prompt_ids, n_tokens)
     check_search(model, n_beam, length_penalty)
-    cache = model.new_cache()
+    cache = model.new_cache(n_seq=len(prompt_ids) + n_tokens)
     beams, totals, finished = [[]], [0.0], []
     new = [list(prompt_ids)]
     for n in range(1, n_tokens + 1):

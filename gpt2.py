@@ -184,9 +184,11 @@ class Model:
         wte = params["wte"][: 1 << 14]  # a part of the vocabulary tells as much as all of it
         self.sample = [attn["c_attn"]["w"], attn["c_proj"]["w"], mlp["c_fc"]["w"], mlp["c_proj"]["w"], wte.T]
 
-    def new_cache(self, n_batch: int = 1) -> KVCache:
+    def new_cache(self, n_batch: int = 1, n_seq: int | None = None) -> KVCache:
+        """Room for the whole context, or for n_seq tokens if that is less: large memory takes time to be had."""
         n_head, d_head = self.hparams["n_head"], self.hparams["n_embd"] // self.hparams["n_head"]
-        shape = (self.hparams["n_layer"], n_batch, n_head, self.hparams["n_ctx"], d_head)
+        n_seq = self.hparams["n_ctx"] if n_seq is None else min(n_seq, self.hparams["n_ctx"])
+        shape = (self.hparams["n_layer"], n_batch, n_head, n_seq, d_head)
         return KVCache(np.empty(shape, np.float32), np.empty(shape, np.float32))
 
     def forward(self, tokens, cache: KVCache, n_last: int = 1) -> np.ndarray:
@@ -197,7 +199,7 @@ class Model:
         more rows than tokens, or logits that are NaN or infinite.
         """
         tokens = np.asarray(tokens)
-        n_vocab, n_ctx = self.hparams["n_vocab"], self.hparams["n_ctx"]
+        n_vocab, n_ctx = self.hparams["n_vocab"], cache.keys.shape[3]
         n_batch, n_new = tokens.shape if tokens.ndim == 2 else (0, 0)
         if n_batch != cache.keys.shape[1] or not 1 <= n_last <= n_new or tokens.dtype.kind not in "iu":
             raise ValueError(
@@ -267,7 +269,7 @@ def generate(
     or, without `slide_by`, more than the context has room for.
     """
     check_request(model, prompt_ids, n_tokens, slide_by)
-    cache = cache or model.new_cache()
+    cache = cache or model.new_cache(n_seq=len(prompt_ids) + n_tokens)
     return (i for _, i in decode(model, cache, [list(prompt_ids)], n_tokens, [sample], draft, slide_by))
 
 
@@ -293,7 +295,7 @@ def generate_batch(
     texts, n_longest = [list(prompt) for prompt in prompts], max(map(len, prompts))
     if slide_by is not None and min(map(len, prompts)) < n_longest:
         raise ValueError("prompts of different lengths cannot slide together; make them equally long, or one by one")
-    cache = prefilled(model, texts, n_longest) if slide_by is None else model.new_cache(len(texts))
+    cache = model.new_cache(len(texts)) if slide_by else prefilled(model, texts, n_longest, n_longest + n_tokens)
     new: list[list[int]] = [[] for _ in texts]
     ended = [False] * len(texts)
     for index, i in decode(model, cache, texts, n_tokens, samples, None, slide_by, ended):
@@ -302,10 +304,10 @@ def generate_batch(
     return new
 
 
-def prefilled(model: Model, texts: list[list[int]], n_longest: int) -> KVCache:
-    """A cache with all but the last token of each text, shorter ones padded on the left."""
+def prefilled(model: Model, texts: list[list[int]], n_longest: int, n_seq: int) -> KVCache:
+    """A cache of n_seq with all but the last token of each text, shorter ones padded on the left."""
     distinct = list(dict.fromkeys(map(tuple, texts)))
-    cache = model.new_cache(len(distinct))
+    cache = model.new_cache(len(distinct), n_seq)
     cache.n_pad = np.array([n_longest - len(text) for text in distinct])
     if n_longest > 1:
         model.forward([padded(text[:-1], n_longest - 1) for text in distinct], cache)
@@ -363,7 +365,7 @@ def score(model: Model, ids: Sequence[int]) -> np.ndarray:
         raise ValueError(f"{len(ids)} ids exceed the context: at most {n_ctx + 1} can be scored; cut them in windows")
     if bad := [int(i) for i in ids if not 0 <= i < n_vocab]:
         raise ValueError(f"token id {bad[0]} is outside the vocabulary, 0 to {n_vocab - 1}")
-    cache, scores = model.new_cache(), np.empty(max(0, len(ids) - 1), np.float32)
+    cache, scores = model.new_cache(n_seq=len(ids)), np.empty(max(0, len(ids) - 1), np.float32)
     for start in range(0, len(scores), N_SCORED):  # not all at once: the logits of 1024 tokens take 206 MB
         rows = slice(start, min(start + N_SCORED, len(scores)))
         logits = model.forward([ids[rows]], cache, n_last=rows.stop - start)[0]
