@@ -111,6 +111,13 @@ def show_alternatives(ids: Iterator[int], watched: Alternatives, encoder, json: 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def check_counts(n_tokens, n_samples, n_beam, top) -> None:
+    check_n_tokens(n_tokens)
+    check("n_samples", n_samples, is_whole(n_samples) and n_samples >= 1, "a whole number of 1 or more")
+    check("n_beam", n_beam, is_whole(n_beam) and n_beam >= 1, "a whole number of 1 or more")
+    check("top", top, is_whole(top) and top >= 0, "a whole number of 0 (none) or more")
+
+
 def check_one(**is_on: bool) -> None:
     """ValueError: several flags that do not go together."""
     asked = [f"--{name}" for name, on in is_on.items() if on]
@@ -179,10 +186,7 @@ def main(
     --stats                    print times, speed and memory to stderr
     """
     stopwatch = Stopwatch()
-    check_n_tokens(n_tokens_to_generate)  # all this before a model is downloaded
-    check("n_samples", n_samples, is_whole(n_samples) and n_samples >= 1, "a whole number of 1 or more")
-    check("n_beam", n_beam, is_whole(n_beam) and n_beam >= 1, "a whole number of 1 or more")
-    check("top", top, is_whole(top) and top >= 0, "a whole number of 0 (none) or more")
+    check_counts(n_tokens_to_generate, n_samples, n_beam, top)  # all this before a model is downloaded
     check("stride", stride, stride is None or score is not None, "none unless --score FILE is given too")
     check_stops(stop)
     check_overflow(overflow, slide_by)

@@ -23,6 +23,15 @@ class KVCache:
         self.n_pad = np.array(n_pad if len(n_pad) else [0] * keys.shape[1])
 
     @property
+    def n_pad(self) -> np.ndarray:  # int[n_batch]
+        return self._n_pad
+
+    @n_pad.setter
+    def n_pad(self, n_pad: np.ndarray) -> None:
+        self._n_pad = n_pad
+        self.is_padded = bool(n_pad.any())
+
+    @property
     def length(self) -> int:
         return self._length
 
@@ -34,7 +43,7 @@ class KVCache:
 
     def positions(self, n_new):  # -> a slice or int[n_batch, n_new]: the rows of wpe for the new tokens
         start = self._length
-        if not self.n_pad.any():
+        if not self.is_padded:
             return slice(start, start + n_new)
         return np.maximum(0, np.arange(start, start + n_new) - self.n_pad[:, None])
 
@@ -46,7 +55,7 @@ class KVCache:
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
     def padding(self, n_seq):  # -> None or [n_batch, 1, 1, n_seq]
-        if not self.n_pad.any():
+        if not self.is_padded:
             return None
         return np.where(np.arange(n_seq) < self.n_pad[:, None], np.float32(MASKED), np.float32(0))[:, None, None]
 

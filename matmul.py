@@ -182,6 +182,8 @@ def products_for(n_rows: int, weights: list[np.ndarray], is_draft: bool):
 
 def matmul(x, w):  # [..., n_in] @ [n_in, n_out] -> [..., n_out]
     """x @ w, all rows in one product; w as it lies in the checkpoint, or the transpose of such."""
+    if step.way == PLAIN and x.shape[0] == 1:  # as below, a microsecond faster
+        return x @ w
     rows = x.reshape(-1, x.shape[-1])
     return WAYS[step.way](rows, w).reshape(*x.shape[:-1], w.shape[1])
 
