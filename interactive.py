@@ -23,6 +23,7 @@ def lines() -> Iterator[str]:
         try:
             yield input("> " if is_terminal else "")
         except EOFError:
+            print(end="\n" if is_terminal else "", file=sys.stderr)  # after the "> "
             return
         except KeyboardInterrupt:  # forget the line
             print(file=sys.stderr)
