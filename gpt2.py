@@ -195,8 +195,8 @@ class Model:
         """Feed `tokens`, int[n_batch, n_new], after those in `cache`; return float32[n_batch, n_last, n_vocab].
 
         Row i of the result scores the token after the (n_new - n_last + i)-th new one. The cache then holds the new
-        tokens too. ValueError: no token, an id outside the vocabulary, more tokens than the context has room for, or
-        more rows than tokens, or logits that are NaN or infinite.
+        tokens too. ValueError: no token, an id outside the vocabulary, more tokens than the cache has room for, more
+        rows than tokens, or logits that are NaN or infinite.
         """
         tokens = np.asarray(tokens)
         n_vocab, n_ctx = self.hparams["n_vocab"], cache.keys.shape[3]
@@ -295,7 +295,7 @@ def generate_batch(
     texts, n_longest = [list(prompt) for prompt in prompts], max(map(len, prompts))
     if slide_by is not None and min(map(len, prompts)) < n_longest:
         raise ValueError("prompts of different lengths cannot slide together; make them equally long, or one by one")
-    cache = model.new_cache(len(texts)) if slide_by else prefilled(model, texts, n_longest, n_longest + n_tokens)
+    cache = prefilled(model, texts, n_longest + n_tokens if slide_by is None else None)
     new: list[list[int]] = [[] for _ in texts]
     ended = [False] * len(texts)
     for index, i in decode(model, cache, texts, n_tokens, samples, None, slide_by, ended):
@@ -304,14 +304,17 @@ def generate_batch(
     return new
 
 
-def prefilled(model: Model, texts: list[list[int]], n_longest: int, n_seq: int) -> KVCache:
-    """A cache of n_seq with all but the last token of each text, shorter ones padded on the left."""
-    distinct = list(dict.fromkeys(map(tuple, texts)))
+def prefilled(model: Model, texts: list[list[int]], n_seq: int | None) -> KVCache:
+    """A cache with a row for each text, shorter ones padded on the left; where some are equal, all but their last
+    token is in it already, computed once."""
+    n_longest, distinct = max(map(len, texts)), list(dict.fromkeys(map(tuple, texts)))
     cache = model.new_cache(len(distinct), n_seq)
     cache.n_pad = np.array([n_longest - len(text) for text in distinct])
-    if n_longest > 1:
-        model.forward([padded(text[:-1], n_longest - 1) for text in distinct], cache)
-    cache.take([distinct.index(tuple(text)) for text in texts])
+    if len(distinct) < len(texts):
+        n_ctx = model.hparams["n_ctx"]
+        if 1 < n_longest <= n_ctx:  # a longer one slides
+            model.forward([padded(text[:-1], n_longest - 1) for text in distinct], cache)
+        cache.take([distinct.index(tuple(text)) for text in texts])
     return cache
 
 
