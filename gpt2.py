@@ -305,8 +305,10 @@ def generate_batch(
 
 
 def prefilled(model: Model, texts: list[list[int]], n_seq: int | None) -> KVCache:
-    """A cache with a row for each text, shorter ones padded on the left; where some are equal, all but their last
-    token is in it already, computed once."""
+    """A cache with a row for each text, shorter ones padded on the left.
+
+    Where some are equal, all but the last tokens are in it already, computed once for each distinct text.
+    """
     n_longest, distinct = max(map(len, texts)), list(dict.fromkeys(map(tuple, texts)))
     cache = model.new_cache(len(distinct), n_seq)
     cache.n_pad = np.array([n_longest - len(text) for text in distinct])
