@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import cache, partial
 
 
@@ -120,7 +121,7 @@ class Helper:
             self.jobs.get().do()
 
     def start(self, work: Callable[[], None]) -> "Job":
-        job = Job(work)
+        job = Job(partial(copy_context().run, work))  # with it goes which warnings NumPy gives
         self.jobs.put(job)
         return job
 

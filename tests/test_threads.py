@@ -1,6 +1,8 @@
 import os
 import threading
+import warnings
 
+import numpy as np
 import pytest
 
 import threads
@@ -50,3 +52,18 @@ def test_blas_has_its_threads_again_after_a_prompt():
     with threads.blas_on_one_thread():
         during = n_blas()
     assert set(during) == {1} and n_blas() == before
+
+
+def test_threads_warn_as_their_caller_does():
+    """Weights that are NaN are reported in one line, not by warnings of the threads that meet them first."""
+    x, team, warned = np.full(8, np.inf, np.float32), threads.Team(2), []
+
+    def work(number, share):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            x - x
+        warned.append(bool(caught))
+
+    with np.errstate(invalid="ignore"):
+        team.run(work, [slice(0, 1), slice(1, 2)])
+    assert warned == [False, False]
