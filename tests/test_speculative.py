@@ -6,6 +6,7 @@ import select
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -327,7 +328,7 @@ def test_verify_exits_with_1_at_a_difference(monkeypatch, tiny, capsys):
     ids = list(generate(target, prompt, 10))
     ids[7] += 1
     with pytest.raises(SystemExit) as e:
-        speculative.compare_with_plain(target, prompt, 10, greedy, encoder.eot_id, ids, 1.0)
+        speculative.compare_with_plain(partial(generate, target, prompt), greedy, ids, 1.0)
     assert e.value.code == 1 and "the texts differ at token 7" in capsys.readouterr().err
 
 
