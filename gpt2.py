@@ -330,7 +330,7 @@ def decode(model, cache, texts, n_tokens, samples, draft, slide_by, ended=(False
     samples = [for_text(sample, text) for sample, text in zip(samples, texts, strict=True)]
     rows = list(range(len(texts)))  # the index of each row's text
     while rows:
-        n_text = max(len(texts[i]) for i in rows)
+        n_text = int(cache.n_pad[0]) + len(texts[rows[0]])  # all rows are as long as this, with their padding
         if (n_over := n_text - start - n_ctx) > 0:  # only when sliding: the window moves, and its tokens are fed anew
             start, cache.length = start + -(-n_over // slide_by) * slide_by, 0
         n_room = min(n_end[rows[0]] - n_text - 1, n_ctx - (n_text - start))
@@ -348,7 +348,7 @@ def decode(model, cache, texts, n_tokens, samples, draft, slide_by, ended=(False
                 if text[-1] != guess:
                     break
         # The newest has not been fed, wrong guesses are forgotten.
-        cache.length = max(len(texts[i]) for i in rows) - start - 1
+        cache.length = int(cache.n_pad[0]) + len(texts[rows[0]]) - start - 1
         going_on = [row for row, i in enumerate(rows) if len(texts[i]) < n_end[i] and not ended[i]]
         if going_on and len(going_on) < len(rows):
             cache.take(going_on)
