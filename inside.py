@@ -45,6 +45,14 @@ def look_inside(model: Model, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(trace.hidden), np.concatenate(trace.weights)
 
 
+def has_matplotlib() -> bool:
+    try:
+        import matplotlib  # noqa: F401  # only pictures need it
+    except ImportError:
+        return False
+    return True
+
+
 def draw_attention(weights: np.ndarray, tokens: list[str], title: str, path: str) -> None:
     """A PNG of float32[n_head, n_seq, n_seq]: the heads in a grid, in each a row of weights for every token."""
     import matplotlib  # only pictures need it
@@ -89,6 +97,8 @@ def main(
     """
     check("layer", layer, is_whole(layer) and layer >= 0, "a whole number of 0 or more")
     check("path", path, path.endswith(".png"), "a name that ends in .png")
+    if not has_matplotlib():
+        raise ValueError("drawing needs matplotlib; pip install matplotlib")
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     check("layer", layer, layer < hparams["n_layer"], f"a whole number from 0 to {hparams['n_layer'] - 1}")
     ids = encoder.encode_prompt(prompt)

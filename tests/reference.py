@@ -17,12 +17,14 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def reference_logits(model, ids):  # [n_seq] -> float64[n_seq, n_vocab]
+def reference_inside(model, ids):  # [n_seq] -> float64[n_layer + 1, n_seq, n_embd], [n_layer, n_head, n_seq, n_seq]
+    """What goes into each layer and comes out of the last, and who looks where."""
     params = to_float64(model.params)
     n_head, n_embd = model.hparams["n_head"], model.hparams["n_embd"]
     d_head = n_embd // n_head
     x = [params["wte"][i] + params["wpe"][position] for position, i in enumerate(ids)]
-    for layer in params["blocks"]:
+    hidden, attention = [np.array(x)], np.zeros((len(params["blocks"]), n_head, len(ids), len(ids)))
+    for i, layer in enumerate(params["blocks"]):
         c_attn, c_proj = layer["attn"]["c_attn"], layer["attn"]["c_proj"]
         qkv = [norm(row, **layer["ln_1"]) @ c_attn["w"] + c_attn["b"] for row in x]
         for position in range(len(x)):
@@ -32,13 +34,21 @@ def reference_logits(model, ids):  # [n_seq] -> float64[n_seq, n_vocab]
                 scores = [qkv[position][q] @ qkv[past][k] / math.sqrt(d_head) for past in range(position + 1)]
                 weights = np.exp(np.array(scores) - max(scores))
                 weights /= weights.sum()
+                attention[i, h, position, : position + 1] = weights
                 heads.append(sum(weight * qkv[past][v] for past, weight in enumerate(weights)))
             x[position] = x[position] + np.concatenate(heads) @ c_proj["w"] + c_proj["b"]
         c_fc, c_proj = layer["mlp"]["c_fc"], layer["mlp"]["c_proj"]
         for position, row in enumerate(x):
-            hidden = gelu(norm(row, **layer["ln_2"]) @ c_fc["w"] + c_fc["b"])
-            x[position] = row + hidden @ c_proj["w"] + c_proj["b"]
-    return np.array([norm(row, **params["ln_f"]) @ params["wte"].T for row in x])
+            inner = gelu(norm(row, **layer["ln_2"]) @ c_fc["w"] + c_fc["b"])
+            x[position] = row + inner @ c_proj["w"] + c_proj["b"]
+        hidden.append(np.array(x))
+    return np.array(hidden), attention
+
+
+def reference_logits(model, ids):  # [n_seq] -> float64[n_seq, n_vocab]
+    params = to_float64({name: model.params[name] for name in ("ln_f", "wte")})
+    hidden, _ = reference_inside(model, ids)
+    return np.array([norm(row, **params["ln_f"]) @ params["wte"].T for row in hidden[-1]])
 
 
 def to_float64(tree):
