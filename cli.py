@@ -101,7 +101,9 @@ def read_prompt(prompt: str | None) -> str:
 
 
 def read_file(path: str) -> str:
-    """The text of a file, or of stdin for "-". ValueError: it is not UTF-8."""
+    """The text of a file, or of stdin for "-". ValueError: it is not UTF-8, or stdin is closed."""
+    if path == "-" and sys.stdin is None:
+        raise ValueError("stdin is closed; give a file instead of -")
     with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
         data = f.read()
     try:

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 import cli
-from gpt2 import Model, check_n_tokens, generate, generate_batch
+from gpt2 import Model, check_n_tokens, check_slide, generate, generate_batch
 from sampling import Sampler, check, for_text, is_whole, make_sampler, scores_of
 from stats import Stopwatch
 from stopping import check_overflow, check_stops, has_ended, step_of, text_until_end
@@ -187,12 +187,15 @@ def main(
     """
     stopwatch = Stopwatch()
     check_counts(n_tokens_to_generate, n_samples, n_beam, top)  # all this before a model is downloaded
+    check("length_penalty", length_penalty, length_penalty == 1 or n_beam > 1, "1 unless --n_beam is above 1")
     check("stride", stride, stride is None or score is not None, "none unless --score FILE is given too")
     check_stops(stop)
     check_overflow(overflow, slide_by)
     modes = {"n_samples": n_samples > 1, "n_beam": n_beam > 1, "interactive": interactive, "score": score is not None}
     check_one(**modes, top=top > 0)
     check_one(**modes, stats=stats)
+    check_one(interactive=interactive, json=json)
+    check_one(score=score is not None, prompt=prompt is not None)
     check_one(n_beam=n_beam > 1, temperature=temperature != 0)
     check_one(n_beam=n_beam > 1, repetition_penalty=repetition_penalty != 1)
     check_one(n_beam=n_beam > 1, overflow=overflow != "error")
@@ -204,6 +207,8 @@ def main(
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
     model = Model(hparams, params)
     slide_by = step_of(overflow, slide_by, hparams["n_ctx"])
+    if slide_by is not None:
+        check_slide(slide_by, hparams["n_ctx"])  # now: --interactive survives mistakes in a prompt
     complete = partial(generate, model, n_tokens=n_tokens_to_generate, sample=sample, slide_by=slide_by)
     text_of = partial(text_until_end, encoder, stops=stop, ignore_eot=ignore_eot)
 

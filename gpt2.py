@@ -236,6 +236,11 @@ def check_n_tokens(n_tokens: int) -> None:
         raise ValueError(f"{n_tokens!r} tokens to generate, expected a whole number of 1 or more")
 
 
+def check_slide(slide_by: int, n_ctx: int) -> None:
+    is_part = is_whole(slide_by) and 1 <= slide_by <= n_ctx
+    check("slide_by", slide_by, is_part, f"a whole number from 1 to {n_ctx}, the context")
+
+
 def check_request(model: Model, prompt_ids: Sequence[int], n_tokens: int, slide_by: int | None = None) -> None:
     """ValueError unless `n_tokens` can be generated after `prompt_ids`. The last token is never fed."""
     check_n_tokens(n_tokens)
@@ -243,8 +248,7 @@ def check_request(model: Model, prompt_ids: Sequence[int], n_tokens: int, slide_
     if not len(prompt_ids):
         raise ValueError("the prompt has no tokens, expected 1 or more; start from the id of <|endoftext|>")
     if slide_by is not None:
-        is_part = is_whole(slide_by) and 1 <= slide_by <= n_ctx
-        check("slide_by", slide_by, is_part, f"a whole number from 1 to {n_ctx}, the context")
+        check_slide(slide_by, n_ctx)
     elif len(prompt_ids) + n_tokens > n_ctx + 1:
         raise ValueError(
             f"{len(prompt_ids)} prompt tokens and {n_tokens} new ones exceed the context of {n_ctx}: "

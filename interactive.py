@@ -15,13 +15,18 @@ from gpt2 import KVCache, Model
 
 def lines() -> Iterator[str]:
     """What is typed, until Ctrl-D; from a pipe, its lines."""
+    if sys.stdin is None:  # closed by the caller: as if nothing were typed
+        return
+    sys.stdin.reconfigure(errors="replace")  # as prompts that come whole
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with contextlib.suppress(ImportError):  # not on Windows, which has its own
             import readline  # noqa: F401  # gives input() its line editing and history
     while True:
         try:
-            yield input("> " if is_terminal else "")
+            if is_terminal and not sys.stdout.isatty():  # stdout is for the text only
+                print("> ", end="", file=sys.stderr, flush=True)
+            yield input("> " if is_terminal and sys.stdout.isatty() else "")
         except EOFError:
             print(end="\n" if is_terminal else "", file=sys.stderr)  # after the "> "
             return
