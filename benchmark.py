@@ -21,6 +21,7 @@ import gpt2
 import matmul
 import speculative
 from adaptive import Adaptive
+from endurance import endurance
 from measure import FOLDER, draw_bars, in_turn, load_model, milliseconds, random_ids, report, stream
 from peers import PEERS, plain_forward
 from sampling import make_sampler
@@ -486,7 +487,7 @@ def all_tables(model_size: str = "random:124M", models_dir: str = "models"):
 COMMANDS = {
     table.__name__: table for table in (decode, prefill, rows, cache, components, ablation, load, drafters, acceptance)
 }
-COMMANDS |= {"speculative": speculation, "all": all_tables}
+COMMANDS |= {"speculative": speculation, "endurance": endurance, "all": all_tables}
 
 if __name__ == "__main__":
     cli.run(COMMANDS)

@@ -10,7 +10,7 @@ from conftest import MODELS, ROOT, random_model, run
 from reference import reference_logits
 
 import measure
-from benchmark import PARTS, installed_peers
+from benchmark import COMMANDS, PARTS, installed_peers
 from peers import PEERS, PlainNumPy, plain_forward
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed; the tables need it for their pictures")
@@ -56,6 +56,15 @@ def test_drafters_write_the_same_text(tmp_path):
     assert len(rows) == 12 and all(row["identical"] == "True" for row in rows)
 
 
+def test_endurance_takes_every_tenth_of_a_long_text(tmp_path):
+    rows = table(tmp_path, "endurance", "--n_tokens", "2000")
+    assert [int(row["up_to_token"]) for row in rows] == [*range(200, 2001, 200), *range(20, 201, 20)]
+    assert [row["decoding"] for row in rows] == ["tiny"] * 10 + ["with nano"] * 10
+    assert all(0 < float(row["ms_least"]) <= float(row["ms"]) and float(row["ms_mean"]) > 0 for row in rows)
+    sizes = [float(row["resident_mb"]) for row in rows]
+    assert sizes[9] < sizes[3] + 8  # MB; by then the cache has been used to its end
+
+
 def test_an_unknown_command_lists_the_known():
     done = run("benchmark.py", "speed")
     assert done.returncode == 2 and "no command 'speed', expected one of decode, prefill" in done.stderr
@@ -64,7 +73,7 @@ def test_an_unknown_command_lists_the_known():
 def test_help_names_every_command():
     done = run("benchmark.py", "--help")
     assert done.returncode == 0
-    for name in ("decode", "prefill", "rows", "cache", "components", "ablation", "load", "speculative", "all"):
+    for name in COMMANDS:
         assert f"\n{name} " in "\n" + done.stdout
 
 
