@@ -115,6 +115,7 @@ class PenalizedSampler:
 
     def __init__(self, sample: Sampler, penalty: float, tokens: list[int] | None = None):
         self.sample, self.penalty, self.tokens = sample, penalty, tokens
+        self.n_read, self.ids = 0, set()  # how much of the text, which only grows, was read, and its ids
 
     def for_text(self, tokens: list[int]) -> Sampler:
         return PenalizedSampler(self.sample, self.penalty, tokens)
@@ -122,7 +123,9 @@ class PenalizedSampler:
     def penalized(self, logits: np.ndarray) -> np.ndarray:
         if self.tokens is None:
             raise ValueError("the repetition penalty depends on the text: call for_text(sample, tokens) first")
-        return penalize(logits, self.tokens, self.penalty)
+        self.ids.update(self.tokens[self.n_read :])
+        self.n_read = len(self.tokens)
+        return penalize(logits, list(self.ids), self.penalty)
 
     def scores(self, logits: np.ndarray, position: int) -> np.ndarray:
         # The penalty magnifies what was rounded off the logits too, which `margin` measures the lead by.

@@ -12,9 +12,9 @@ A drafter is any callable (tokens, n_max) -> at most n_max guesses of what follo
 """
 
 if __name__ == "__main__":
-    import cli
+    import interrupts
 
-    cli.end_quietly()  # before the other imports, which take most of a short run
+    interrupts.end_quietly()  # before the other imports, which take most of a short run
 
 import json as json_format
 import os
@@ -62,30 +62,37 @@ class DraftModel:
         self.min_confidence = min_confidence
         self.cache = self.model.new_cache()
         self.start = 0  # the first token that the cache holds: it keeps the newest when its context is full
-        self.fed: list[int] = []  # the text up to the newest token that it holds
+        self.fed: list[int] = []  # the text from there to the newest token that it holds
 
     def __call__(self, tokens: list[int], n_max: int) -> list[int]:
-        n_guesses = min(n_max, self.n_draft, self.model.hparams["n_ctx"] // 2)
+        n_ctx = self.model.hparams["n_ctx"]
+        n_guesses = min(n_max, self.n_draft, n_ctx // 2)
         if n_guesses < 1:
             return []
-        n_same = common_length(self.fed, tokens[:-1])
+        n_same = common_length(self.fed, tokens[self.start : -1])
         # The newest token is fed now; each guess but the last is fed to make the next.
-        if n_same < self.start or len(tokens) - self.start + n_guesses - 1 > self.model.hparams["n_ctx"]:
-            n_same = self.start = max(0, len(tokens) - self.model.hparams["n_ctx"] // 2)
-        self.cache.length = n_same - self.start
-        self.fed = list(tokens)
-        sample = for_text(self.sample, self.fed)  # its own guesses are text to the draft, as they will be to the target
-        new, guesses = tokens[n_same:], []
+        if (self.start and not n_same) or len(tokens) - self.start + n_guesses - 1 > n_ctx:
+            self.start, n_same = max(0, len(tokens) - n_ctx // 2), 0
+        self.cache.length = n_same
+        self.fed = tokens[self.start :]
+        # Its own guesses are text to the draft, as they will be to the target. Few samplers read it: a copy takes time.
+        text = list(tokens) if hasattr(self.sample, "for_text") else []
+        sample = for_text(self.sample, text)
+        new, guesses = self.fed[n_same:], []
         while True:
             logits = self.model.forward([new], self.cache)[0, 0]
-            guesses.append(sample(logits, len(self.fed)))
+            guesses.append(sample(logits, len(tokens) + len(guesses)))
             if len(guesses) == n_guesses or (self.min_confidence and self.is_unsure(logits, guesses[-1])):
                 return guesses
-            self.fed.append(guesses[-1])
             new = guesses[-1:]
+            self.fed += new
+            text += new
 
     def is_unsure(self, logits: np.ndarray, guess: int) -> bool:
         return float(np.exp(logits - logits[guess]).sum()) * self.min_confidence > 1
+
+
+N_COMPARED = 256  # tokens; comparing all of a long text would take longer with every token
 
 
 class PromptLookup:
@@ -97,17 +104,17 @@ class PromptLookup:
     def __init__(self, n_draft: int, n_gram: int = 3):
         self.n_draft = n_draft
         self.sizes = range(n_gram, min(n_gram, 2) - 1, -1)
-        self.seen: list[int] = []
+        self.n_seen, self.newest = 0, []  # how long the text was, and its end, by which another text is noticed
         self.ends: dict[tuple[int, ...], int] = {}  # n-gram -> where its last occurrence but the newest ended
 
     def __call__(self, tokens: list[int], n_max: int) -> list[int]:
-        if self.seen != tokens[: len(self.seen)]:  # another text
-            self.seen, self.ends = [], {}
-        for end in range(max(1, len(self.seen)), len(tokens)):
+        if self.newest != tokens[max(0, self.n_seen - N_COMPARED) : self.n_seen]:
+            self.n_seen, self.ends = 0, {}
+        for end in range(max(1, self.n_seen), len(tokens)):
             for size in self.sizes:
                 if size <= end:
                     self.ends[tuple(tokens[end - size : end])] = end
-        self.seen = list(tokens)
+        self.n_seen, self.newest = len(tokens), tokens[-N_COMPARED:]
         for size in self.sizes:
             if end := self.ends.get(tuple(tokens[-size:])):
                 return tokens[end : end + min(n_max, self.n_draft)]
@@ -172,7 +179,7 @@ class Recorder:
         return "accepted guess" if guesses[n] == token else "correction"
 
     def n_accepted(self, tokens: list[int]) -> int:
-        return sum(common_length(guesses, tokens[start:]) for start, guesses in self.rounds)
+        return sum(common_length(guesses, tokens[start : start + len(guesses)]) for start, guesses in self.rounds)
 
 
 class MarginRecorder:

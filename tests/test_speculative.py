@@ -195,6 +195,33 @@ def test_a_drafter_can_be_used_for_another_text():
             assert list(generate(TARGET, prompt, 30, draft=drafter)) == plain
 
 
+class LongText(list):
+    """A text of which only windows may be read: reading all of it takes longer with every token."""
+
+    def __getitem__(self, key):
+        part = super().__getitem__(key)
+        assert not isinstance(key, slice) or len(part) < 300
+        return part
+
+    def __iter__(self):
+        pytest.fail("read as a whole")
+
+
+@pytest.mark.parametrize(
+    "drafter",
+    [DraftModel(DRAFT, 4), Adaptive(DraftModel(DRAFT, 4)), PromptLookup(4)],
+    ids=["model", "adaptive", "lookup"],
+)
+def test_a_round_takes_as_long_in_a_long_text(drafter):
+    text = LongText([1, 2, 3])
+    n_guesses = 0
+    for i in range(3, 1000):
+        guesses = drafter(text, 4)
+        n_guesses += len(guesses)
+        text.append(guesses[0] if guesses and i % 3 else i % 61)
+    assert n_guesses > 5  # the adaptive one has found out that they are wrong
+
+
 def test_lookup_goes_on_as_before():
     lookup = PromptLookup(3, 3)
     assert lookup([1, 2, 3, 4, 5, 1, 2, 3], 9) == [4, 5, 1]
