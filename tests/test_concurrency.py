@@ -1,0 +1,122 @@
+"""Two models in a process, generators in turn, several threads, forked children: each text is as it is alone."""
+
+import os
+import threading
+from itertools import zip_longest
+
+import numpy as np
+import pytest
+from conftest import random_model, run
+
+import gpt2
+import matmul
+import parts
+import threads
+from sampling import make_sampler
+from speculative import DraftModel, PromptLookup
+from threads import Team
+
+N_TOKENS = 20
+
+
+@pytest.fixture(params=["on this thread", "on threads of our own"])
+def products(request, monkeypatch):
+    """Small models as they are, and as large ones would be: prompts in parts, few rows in slabs."""
+    if request.param == "on threads of our own":
+        team = Team(3)
+        for module in (threads, parts, matmul):
+            monkeypatch.setattr(module, "team", team)
+        monkeypatch.setattr(parts, "MIN_PART", 4)
+        monkeypatch.setattr(parts, "is_large", lambda weights: True)
+        ways = {False: matmul.PLAIN, True: next(iter(matmul.SLABS))}
+        monkeypatch.setattr(matmul, "fastest_way", lambda n_rows, weights: ways[1 < n_rows <= matmul.MAX_FEW_ROWS])
+
+
+@pytest.fixture(scope="module")
+def tasks(tiny, nano):
+    """Functions that each begin a text anew: two random models and the embedded ones, greedy and sampled, drafted."""
+    rng = np.random.default_rng(0)
+    small, other = random_model(n_ctx=40), random_model(n_embd=32, n_head=4, n_ctx=40, seed=1)
+    ids = [rng.integers(61, size=n).tolist() for n in (14, 1, 13, 5)]
+    prompt = tiny[0].encode("JULIET:\nWhat man art thou that thus bescreen'd in night")
+    return [
+        lambda: gpt2.generate(small, ids[0], N_TOKENS),
+        lambda: gpt2.generate(other, ids[1], N_TOKENS, make_sampler(seed=3)),
+        lambda: gpt2.generate(small, ids[2], N_TOKENS, draft=PromptLookup(4, 1)),
+        lambda: gpt2.generate(other, ids[3], N_TOKENS, draft=DraftModel(small, 4)),
+        lambda: gpt2.generate(tiny[1], prompt, N_TOKENS, make_sampler(0.8, seed=1), DraftModel(nano[1], 3)),
+        lambda: gpt2.generate(nano[1], prompt, N_TOKENS),
+        lambda: iter(gpt2.generate_batch(small, [ids[0], ids[1], ids[3]], N_TOKENS)),
+    ]
+
+
+def test_generators_in_turn(products, tasks):
+    alone = [list(task()) for task in tasks]
+    generators = [task() for task in tasks for _ in range(2)]
+    texts = [[i for i in ids if i is not None] for ids in zip(*zip_longest(*generators), strict=True)]
+    assert texts == [ids for ids in alone for _ in range(2)]
+
+
+def test_several_threads(products, tasks):
+    alone, texts = [list(task()) for task in tasks], {}
+    begin = threading.Barrier(2 * len(tasks))
+
+    def write(number):
+        begin.wait()
+        texts[number] = [list(tasks[number % len(tasks)]()) for _ in range(3)]
+
+    writers = [threading.Thread(target=write, args=[number], daemon=True) for number in range(2 * len(tasks))]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert texts == {number: [alone[number % len(tasks)]] * 3 for number in range(2 * len(tasks))}
+
+
+def test_a_generator_goes_on_in_another_thread(products, tasks):
+    for task in tasks:
+        alone, ids = list(task()), task()
+        first, rest = [next(ids)], []
+        reader = threading.Thread(target=rest.extend, args=[ids], daemon=True)
+        reader.start()
+        reader.join(60)
+        assert first + rest == alone
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_forks_after_the_model_is_loaded(is_busy):
+    """The children have none of the parent's threads, not even where these are in the middle of a product."""
+    code = f"""if True:
+        import os, sys, threading
+        import gpt2, matmul, parts, threads
+        from speculative import DraftModel
+        from utils import load_encoder_hparams_and_params
+        threads.team.n_threads, parts.MIN_PART = 3, 10
+        parts.is_large = lambda weights: True
+        matmul.fastest_way = lambda n_rows, weights: next(iter(matmul.SLABS)) if 1 < n_rows <= 16 else matmul.PLAIN
+        tiny, nano = (gpt2.Model(*load_encoder_hparams_and_params(name)[1:]) for name in ("tiny", "nano"))
+        def write():
+            return list(gpt2.generate(tiny, list(range(40)), 12, draft=DraftModel(nano, 4)))
+        expected, stop, wrong = write(), threading.Event(), []
+        def write_on():
+            while not stop.is_set():
+                write() == expected or wrong.append(1)
+        writers = [threading.Thread(target=write_on) for _ in range({2 * is_busy})]
+        for writer in writers:
+            writer.start()
+        children = []
+        for _ in range(6):
+            child = os.fork()
+            if not child:
+                os._exit(0 if write() == expected else 1)
+            children.append(child)
+            write() == expected or wrong.append(1)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        stop.set()
+        for writer in writers:
+            writer.join()
+        sys.exit(any(statuses) or bool(wrong))
+    """
+    done = run("-W", "ignore::DeprecationWarning", "-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
