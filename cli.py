@@ -13,6 +13,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from typing import TextIO
+
+from interrupts import end_quietly
 
 # The statuses that shells give to programs ended by these signals: 128 + 2 and 128 + 13.
 INTERRUPTED, BROKEN_PIPE = 130, 141
@@ -121,15 +124,18 @@ def write_text(pieces: Iterable[str]) -> None:
         sys.stdout.write("\n")
 
 
-def abandon_stdout() -> None:
-    """Python flushes stdout once more on the way out, and would complain."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def abandon(stream: TextIO) -> None:
+    """Python flushes its streams once more on the way out, and would complain of one that cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def fail(message: str, status: int = 1):
     # A name may hold a line end, or what a terminal obeys.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    print(f"error: {line}", file=sys.stderr)
+    try:
+        print(f"error: {line}", file=sys.stderr)
+    except OSError:  # full, or a closed pipe: the status still says it
+        abandon(sys.stderr)
     raise SystemExit(status)
 
 
@@ -144,24 +150,18 @@ def choose(commands: dict[str, Callable], argv: list[str]) -> tuple[Callable, li
     raise SystemExit(0 if argv else 2)
 
 
-def end_quietly() -> None:
-    """Let Ctrl-C during the imports that follow end the program as it ends others; `run` takes over from there."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as under nohup
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def run(command: Callable | dict[str, Callable]) -> None:
     """Call `command`, or the one of several that the first argument names, with the arguments of this process.
 
     Exits with the conventional status when it cannot go on.
     """
     argv = sys.argv[1:]
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller: what would go there goes nowhere
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the run
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by the caller: what would go there goes nowhere
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the run
         if isinstance(command, dict):
             command, argv = choose(command, argv)
         if {"-h", "--help"} & set(argv):
@@ -170,14 +170,17 @@ def run(command: Callable | dict[str, Callable]) -> None:
             command(**parse_arguments(command, argv))
         sys.stdout.flush()
     except KeyboardInterrupt:
+        end_quietly()  # a second Ctrl-C would be a traceback
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        abandon_stdout()
+        abandon(sys.stdout)
         sys.exit(BROKEN_PIPE)
     except (ValueError, ConnectionError) as e:
         fail(str(e))
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) and not e.filename:
-            abandon_stdout()
+            abandon(sys.stdout)
             fail(f"cannot write the text: {e.strerror}")
         fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+    finally:
+        end_quietly()

@@ -61,8 +61,17 @@ class Team:
         while len(self.helpers) < n_helpers:
             self.helpers.append(Helper())
 
-    def run(self, work: Callable[[int, slice], None], shares: list[slice], context=contextlib.nullcontext) -> None:
-        """Call work(number, share) for all shares at once, within context(); in turn if the team is busy."""
+    def run(
+        self,
+        work: Callable[[int, slice], None],
+        shares: list[slice],
+        context=contextlib.nullcontext,
+        release: Callable[[], None] = bool,
+    ) -> None:
+        """Call work(number, share) for all shares at once, within context(); in turn if the team is busy.
+
+        `release` lets go those that wait for share 0, which Ctrl-C may have ended before it began.
+        """
         if len(shares) == 1 or not self.busy.acquire(blocking=False):
             for number, share in enumerate(shares):
                 work(number, share)
@@ -70,11 +79,14 @@ class Team:
         try:
             self.hire(len(shares) - 1)
             others = zip(self.helpers, range(1, len(shares)), strict=False)
+            jobs: list[Job] = []
             with context():
-                jobs = [helper.start(partial(work, number, shares[number])) for helper, number in others]
                 try:
+                    for helper, number in others:
+                        jobs.append(helper.start(partial(work, number, shares[number])))
                     work(0, shares[0])
                 finally:
+                    release()
                     errors = [job.wait() for job in jobs]
             for error in filter(None, errors):
                 raise error
@@ -95,8 +107,8 @@ class Team:
         cpu, allowed = current_cpu(), os.sched_getaffinity(0)
         for helper, core in zip(self.helpers, (core for core in CORES if cpu not in core), strict=False):
             helper.move(core)
-        os.sched_setaffinity(0, {cpu})
         try:
+            os.sched_setaffinity(0, {cpu})
             yield
         finally:
             os.sched_setaffinity(0, allowed)
