@@ -8,10 +8,9 @@ import pytest
 from conftest import ROOT, random_model, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_speculative import DRAFT, TARGET, drafters, limited, samplers, tied_target
+from test_speculative import DRAFT, TARGET, drafters, limited, samplers
 
 import evaluation
-import gpt2
 import parts
 from gpt2 import Model, generate, generate_batch, score
 from sampling import for_text, greedy, make_sampler
@@ -208,28 +207,6 @@ def test_a_batch_slides(n_prompt, slide_by):
 
 def test_a_batch_fills_the_context_exactly():
     assert generate_batch(MODEL, [PROMPT, [2]], 20) == [list(generate(MODEL, p, 20)) for p in (PROMPT, [2])]
-
-
-class NoisyBatch(Model):
-    """A model whose rows round much differently when computed together, as they do a little in any BLAS."""
-
-    def forward(self, tokens, cache, n_last=1):
-        logits = super().forward(tokens, cache, n_last)
-        if len(tokens) > 1:
-            logits += np.random.default_rng(cache.length).uniform(-2e-4, 2e-4, logits.shape).astype(np.float32)
-        return logits
-
-
-@pytest.mark.parametrize("settled", [True, False])
-def test_near_ties_in_a_batch_are_settled_alone(monkeypatch, settled):
-    if not settled:
-        monkeypatch.setattr(gpt2, "NEAR_TIE", 0.0)
-    target = tied_target()
-    model = NoisyBatch(target.hparams, target.params)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(60, size=n).tolist() for n in (1, 9, 4)]
-    alone = [list(generate(model, prompt, 30)) for prompt in prompts]
-    assert (generate_batch(model, prompts, 30) == alone) == settled  # without the second look, the noise does matter
 
 
 def test_one_sampler_that_reads_the_text_reads_each_its_own():

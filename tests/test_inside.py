@@ -6,9 +6,7 @@ from conftest import MODELS, random_model, run
 from reference import reference_inside, reference_logits
 
 import inside
-import parts
 from inside import Trace, look_inside
-from threads import Team
 
 MODEL = random_model()
 IDS = np.random.default_rng(0).integers(61, size=20).tolist()
@@ -38,17 +36,6 @@ def test_looking_changes_nothing(n_last):
     assert trace.length == 20
     assert [x.shape[1] for x in trace.hidden] == [20, 20, 20, n_last]
     assert [w.shape[2:] for w in trace.weights] == [(20, 20), (20, 20), (n_last, 20)]
-
-
-def test_a_long_prompt_is_looked_at_whole(monkeypatch):
-    """Whose parts would otherwise be computed beside each other."""
-    expected = look_inside(MODEL, IDS)
-    monkeypatch.setattr(parts, "team", Team(2))
-    monkeypatch.setattr(parts, "MIN_PART", 3)
-    monkeypatch.setattr(parts, "is_large", lambda weights: True)
-    monkeypatch.setattr(parts, "blas_controller", lambda: True)
-    for found, whole in zip(look_inside(MODEL, IDS), expected, strict=True):
-        np.testing.assert_array_equal(found, whole)
 
 
 def test_later_tokens_see_those_in_the_cache():
