@@ -260,7 +260,7 @@ def table_gelu() -> Callable:
     return lambda x: table[x.astype(np.float16).view(np.uint16)]
 
 
-def ablation(model_size: str = "random:124M", models_dir: str = "models", *, n_prompt=96, n_tokens=6):
+def ablation(model_size: str = "random:124M", models_dir: str = "models", *, n_prompt=96, n_tokens=26):
     """ms a token, prompt included, as what makes the program fast is switched on step by step."""
     model = load_model(model_size, models_dir)
     n_head = model.hparams["n_head"]

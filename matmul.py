@@ -121,8 +121,8 @@ def padded(x, w):  # [n_rows, n_in] @ [n_in, n_out] -> [n_rows, n_out]
 # Which product
 # ----------------------------------------------------------------------------------------------------------------------
 
-N_TIMINGS = 2
-MIN_GAIN = 0.05  # another way must be this much faster, so that noise never makes it slower than x @ w
+N_TIMINGS = 3
+MIN_GAIN = 0.1  # another way must be this much faster, so that noise never makes it slower than x @ w
 SETTLE_S = 0.12  # for so long after a product BLAS's own threads go on spinning, and take the cores (threads.py)
 PLAIN, PADDED = "x @ w", "x @ w of padded rows"
 SLABS = {f"slabs of {limit} multiply-adds": partial(in_slabs, limit=limit) for limit in SLAB_LIMITS}

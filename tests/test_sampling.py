@@ -115,7 +115,7 @@ ANY_LOGITS = arrays(
 )
 ANY_FLAGS = st.fixed_dictionaries(
     {
-        "temperature": st.floats(0, 1e6),
+        "temperature": st.just(0) | st.floats(1e-6, 1e6),
         "top_k": st.integers(0, 50),
         "top_p": st.floats(0, 1, exclude_min=True),
         "min_p": st.floats(0, 1),
