@@ -25,6 +25,7 @@ from sampling import NEAR_TIE, Sampler, check, for_text, greedy, is_whole, margi
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
 N_QUERIES = 128  # attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
 N_SCORED = 256  # rows of logits that `score` has at once
+PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
 N_GELU = 1 << 14  # numbers at once, so that the passes over them stay within the cache
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,9 +181,10 @@ class Model:
         self.params = params
         self.n_scored = n_scored
         self.is_draft = is_draft
-        attn, mlp = params["blocks"][0]["attn"], params["blocks"][0]["mlp"]
-        wte = params["wte"][: 1 << 14]  # a part of the vocabulary tells as much as all of it
-        self.sample = [attn["c_attn"]["w"], attn["c_proj"]["w"], mlp["c_fc"]["w"], mlp["c_proj"]["w"], wte.T]
+        # What the ways to multiply are timed with: two layers, and as large a share of the vocabulary.
+        blocks = params["blocks"][:2]
+        wte = params["wte"][: -(-len(params["wte"]) * len(blocks) // len(params["blocks"]))]
+        self.sample = [block[part][name]["w"] for block in blocks for part, name in PRODUCTS] + [wte.T]
 
     def new_cache(self, n_batch: int = 1, n_seq: int | None = None) -> KVCache:
         """Room for the whole context, or for n_seq tokens if that is less: large memory takes time to be had."""

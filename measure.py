@@ -63,8 +63,7 @@ def milliseconds(times: np.ndarray) -> dict[str, float]:
 def stream(model: gpt2.Model) -> Callable[[], None]:
     """One-row `x @ w` with every matrix that a step reads: what streaming the weights takes at least."""
     blocks = model.params["blocks"]
-    names = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))
-    weights = [block[part][name]["w"] for block in blocks for part, name in names] + [model.params["wte"].T]
+    weights = [block[part][name]["w"] for block in blocks for part, name in gpt2.PRODUCTS] + [model.params["wte"].T]
     pairs = [(np.ones((1, w.shape[0]), np.float32), w) for w in weights]
 
     def run():

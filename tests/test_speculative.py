@@ -170,8 +170,8 @@ def test_caches_after_a_run_equal_fresh_ones():
     caches = []
 
     class Spied(Model):
-        def new_cache(self, n_batch=1):
-            caches.append(super().new_cache(n_batch))
+        def new_cache(self, n_batch=1, n_seq=None):
+            caches.append(super().new_cache(n_batch, n_seq))
             return caches[-1]
 
     target = Spied(TARGET.hparams, TARGET.params)
