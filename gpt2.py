@@ -221,9 +221,8 @@ class Model:
                 with products_for(n_batch * n_new, self.sample, self.is_draft):
                     logits = forward(tokens, cache, n_last)
         if not np.isfinite(logits).all():
-            raise ValueError(
-                f"the logits have {describe_bad(logits)}: {'; '.join(bad_weights(self.params)) or 'overflow'}"
-            )
+            causes = "; ".join(bad_weights(self.params)) or "finite weights, so sums overflow"
+            raise ValueError(f"{describe_bad(logits)} among the logits: {causes}; utils.py verify checks a model")
         cache.advance(n_new)
         return logits
 
