@@ -166,9 +166,49 @@ class Job:
         return self.error
 
 
+class NoFork:
+    """Within it, in one thread or several, no other thread forks.
+
+    Before a fork OpenBLAS ends its threads, even where a product of another thread still waits for what they compute
+    (blas_thread_shutdown in driver/others/blas_server.c): that product would never end.
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.changed = threading.Condition()
+        self.within: set[int] = set()  # threads
+        self.n_forks = 0  # that wait or go on; nothing begins meanwhile
+
+    def __enter__(self) -> None:
+        with self.changed:
+            while self.n_forks:
+                self.changed.wait()
+            self.within.add(threading.get_ident())
+
+    def __exit__(self, *error) -> None:
+        with self.changed:
+            self.within.discard(threading.get_ident())
+            if self.n_forks:
+                self.changed.notify_all()
+
+    def before_fork(self) -> None:
+        self.changed.acquire()
+        self.n_forks += 1
+        self.changed.wait_for(lambda: self.within <= {threading.get_ident()})
+
+    def after_fork(self) -> None:
+        self.n_forks -= 1
+        self.changed.notify_all()
+        self.changed.release()
+
+
 team = Team(n_threads())
+no_fork = NoFork()
 
 if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=no_fork.before_fork, after_in_parent=no_fork.after_fork, after_in_child=no_fork.reset)
     os.register_at_fork(after_in_child=team.reset)  # a child has none of its parent's threads
 
 

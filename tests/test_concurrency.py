@@ -6,7 +6,7 @@ from itertools import zip_longest
 
 import numpy as np
 import pytest
-from conftest import random_model, run
+from conftest import ROOT, random_model, run
 
 import gpt2
 import matmul
@@ -119,4 +119,49 @@ def test_forks_after_the_model_is_loaded(is_busy):
         sys.exit(any(statuses) or bool(wrong))
     """
     done = run("-W", "ignore::DeprecationWarning", "-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_fork_waits_for_the_passes_of_other_threads():
+    """OpenBLAS ends its threads before a fork: a product that used them would never end."""
+    code = """if True:
+        import os, threading, time
+        import gpt2
+        from conftest import random_model
+        passed, begun, end = [], threading.Event(), threading.Event()
+
+        class Cache(gpt2.KVCache):
+            def note(self, layer, **arrays):
+                begun.set()
+                end.wait()
+                passed.append(layer)
+
+        model = random_model()
+        cache = model.new_cache()
+        busy = threading.Thread(target=model.forward, args=[[[1]], Cache(cache.keys, cache.values)])
+        busy.start()
+        begun.wait()
+        threading.Timer(0.2, end.set).start()
+        child = os.fork()
+        n_passed = len(passed)
+        if not child:
+            os._exit(0 if n_passed and list(gpt2.generate(model, [1], 3)) else 1)
+        assert n_passed > model.hparams["n_layer"]
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        busy.join()
+
+        class Forks(gpt2.KVCache):  # in the middle of a pass of its own
+            child = None
+
+            def note(self, layer, **arrays):
+                self.child = os.fork() if self.child is None else self.child
+
+        cache = Forks(cache.keys, cache.values)
+        model.forward([[1]], cache)
+        if not cache.child:
+            os._exit(0 if list(gpt2.generate(model, [1], 3)) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(cache.child, 0)[1]) == 0
+    """
+    done = run("-W", "ignore::DeprecationWarning", "-c", code, env={"PYTHONPATH": f"{ROOT}/tests"})
     assert (done.returncode, done.stderr) == (0, "")

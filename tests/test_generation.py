@@ -283,7 +283,7 @@ def test_weights_that_are_no_numbers_are_named(bad, path):
 def test_overflow_is_named():
     model = random_model()
     model.params["ln_f"]["g"][:] = 3e38
-    with pytest.raises(ValueError, match="numbers are NaN or infinite: overflow"):
+    with pytest.raises(ValueError, match="among the logits: finite weights, so sums overflow"):
         next(generate(model, PROMPT, 3))
 
 
