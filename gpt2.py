@@ -21,7 +21,7 @@ from kv_cache import MASKED, KVCache
 from matmul import MAX_FEW_ROWS, matmul, matmul_heads, products_for
 from parts import can_share, in_parts
 from sampling import NEAR_TIE, Sampler, check, for_text, greedy, is_whole, margin
-from threads import no_fork
+from threads import forks
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
 N_QUERIES = 128  # attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
@@ -215,7 +215,7 @@ class Model:
         if cache.length + n_new > n_ctx:
             raise ValueError(f"{cache.length} tokens and {n_new} more exceed the context of {n_ctx}; feed fewer")
         forward = partial(gpt2, n_head=self.hparams["n_head"], n_scored=self.n_scored, **self.params)
-        with no_fork, np.errstate(invalid="ignore", over="ignore"):  # what comes of it is found below
+        with forks.held_off(), np.errstate(invalid="ignore", over="ignore"):  # what comes of it is found below
             if can_share(n_new, cache, self.sample):
                 logits = in_parts(forward, tokens, cache, n_last, self.hparams["n_embd"])
             else:

@@ -9,6 +9,7 @@ import ctypes
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import cache, partial
@@ -44,6 +45,8 @@ def find_current_cpu() -> Callable[[], int] | None:
 
 
 current_cpu = find_current_cpu()
+
+FORK_POLL_S = 1e-3
 
 
 class Team:
@@ -166,49 +169,49 @@ class Job:
         return self.error
 
 
-class NoFork:
-    """Within it, in one thread or several, no other thread forks.
+class Forks:
+    """What keeps a fork and the forward passes of other threads apart.
 
     Before a fork OpenBLAS ends its threads, even where a product of another thread still waits for what they compute
-    (blas_thread_shutdown in driver/others/blas_server.c): that product would never end.
+    (blas_thread_shutdown in driver/others/blas_server.c): that product would never end. There is no lock here, which
+    Ctrl-C could leave locked.
     """
 
     def __init__(self):
         self.reset()
 
     def reset(self) -> None:
-        self.changed = threading.Condition()
-        self.within: set[int] = set()  # threads
-        self.n_forks = 0  # that wait or go on; nothing begins meanwhile
+        self.forking: set[int] = set()  # threads
+        self.passing: set[int] = set()
 
-    def __enter__(self) -> None:
-        with self.changed:
-            while self.n_forks:
-                self.changed.wait()
-            self.within.add(threading.get_ident())
+    @contextlib.contextmanager
+    def held_off(self):
+        me = threading.get_ident()
+        try:
+            self.passing.add(me)
+            while self.forking:
+                self.passing.discard(me)
+                time.sleep(FORK_POLL_S)
+                self.passing.add(me)
+            yield
+        finally:
+            self.passing.discard(me)
 
-    def __exit__(self, *error) -> None:
-        with self.changed:
-            self.within.discard(threading.get_ident())
-            if self.n_forks:
-                self.changed.notify_all()
+    def before(self) -> None:
+        self.forking.add(threading.get_ident())
+        self.passing.discard(threading.get_ident())  # a pass that forks need not wait for itself
+        while self.passing:
+            time.sleep(FORK_POLL_S)
 
-    def before_fork(self) -> None:
-        self.changed.acquire()
-        self.n_forks += 1
-        self.changed.wait_for(lambda: self.within <= {threading.get_ident()})
-
-    def after_fork(self) -> None:
-        self.n_forks -= 1
-        self.changed.notify_all()
-        self.changed.release()
+    def after(self) -> None:
+        self.forking.discard(threading.get_ident())
 
 
 team = Team(n_threads())
-no_fork = NoFork()
+forks = Forks()
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=no_fork.before_fork, after_in_parent=no_fork.after_fork, after_in_child=no_fork.reset)
+    os.register_at_fork(before=forks.before, after_in_parent=forks.after, after_in_child=forks.reset)
     os.register_at_fork(after_in_child=team.reset)  # a child has none of its parent's threads
 
 
