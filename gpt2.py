@@ -38,9 +38,15 @@ def embed(tokens, positions, wte, wpe):  # int[n_batch, n_new] -> [n_batch, n_ne
     return wte[tokens] + wpe[positions]
 
 
+@lru_cache(maxsize=32)
+def full(n, value):  # -> [n]
+    return np.full(n, value, np.float32)
+
+
 def gelu(x):  # [..., n] -> [..., n], in place
-    # The tanh form of Hendrycks & Gimpel 2016: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
-    scale = math.sqrt(2 / math.pi)
+    # The tanh form of Hendrycks & Gimpel 2016, 0.5 x (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3), as what it
+    # equals in fewer passes: x / (1 + exp(-2u)).
+    scale = -2 * math.sqrt(2 / math.pi)
     flat = x.reshape(-1)
     for start in range(0, flat.size, N_GELU):
         part = flat[start : start + N_GELU]
@@ -48,18 +54,16 @@ def gelu(x):  # [..., n] -> [..., n], in place
         t *= scale * 0.044715
         t += scale
         t *= part
-        np.tanh(t, out=t)
+        np.exp(t, out=t)
         t += 1
-        part *= 0.5
-        part *= t
+        part /= t
     return x
 
 
 def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
-    x = x - np.add.reduce(x, axis=-1, keepdims=True) / x.shape[-1]
-    variance = np.vecdot(x, x)[..., None] / x.shape[-1]
-    x /= np.sqrt(variance + eps)
-    x *= g
+    n_embd = x.shape[-1]
+    x = x - np.vecdot(x, full(n_embd, 1 / n_embd))[..., None]  # the mean
+    x *= g / np.sqrt(np.vecdot(x, x) / n_embd + eps)[..., None]  # the root of the variance
     x += b
     return x
 
@@ -101,7 +105,7 @@ def attend_block(q, k, v, padding):  # as attend
     scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     out = matmul_heads(scores, v)
-    out /= np.vecdot(scores, np.ones(scores.shape[-1], np.float32))[..., None]
+    out /= np.add.reduce(scores, axis=-1, keepdims=True)
     return out
 
 
@@ -115,28 +119,25 @@ def attention_scores(q, k, padding):  # [..., n_rows, d_head], [..., n_seq, d_he
     return scores
 
 
-def attention(x, attend, n_head, n_rows, c_attn, c_proj):  # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]
+def attention(x, cache, layer, n_head, n_rows, c_attn, c_proj):
+    # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]
     n_batch, n_new, n_embd = x.shape
-    qkv = linear(x, **c_attn).reshape(n_batch, n_new, 3, n_head, n_embd // n_head)
-    q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each [n_batch, n_head, n_new, d_head]
-    heads = attend(q[:, :, n_new - n_rows :], k, v)
-    return linear(heads.swapaxes(1, 2).reshape(n_batch, n_rows, n_embd), **c_proj)
-
-
-def remember_and_attend(cache, layer, q, k, v):  # as attend, to the keys of the past too
-    k, v = cache.append(layer, k, v)
+    qkv = linear(x, **c_attn).reshape(n_batch, n_new, 3, n_head, n_embd // n_head).transpose(2, 0, 3, 1, 4)
+    q = qkv[0, :, :, n_new - n_rows :]  # [n_batch, n_head, n_rows, d_head]
+    k, v = cache.append(layer, qkv[1:])  # of the past too: each [n_batch, n_head, n_seq, d_head]
     padding = cache.padding(k.shape[2])
     cache.note(layer, q=q, k=k, padding=padding)
-    return attend(q, k, v, padding)
+    heads = attend(q, k, v, padding)
+    return linear(heads.swapaxes(1, 2).reshape(n_batch, n_rows, n_embd), **c_proj)
 
 
 def feed_forward(x, c_fc, c_proj):  # [..., n_embd] -> [..., n_embd]
     return linear(gelu(linear(x, **c_fc)), **c_proj)
 
 
-def transformer_block(x, attend, n_head, n_rows, attn, ln_1, ln_2, mlp):
+def transformer_block(x, cache, layer, n_head, n_rows, attn, ln_1, ln_2, mlp):
     # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]: keys and values of all, the rest of the last rows only
-    x = x[:, x.shape[1] - n_rows :] + attention(layer_norm(x, **ln_1), attend, n_head, n_rows, **attn)
+    x = x[:, x.shape[1] - n_rows :] + attention(layer_norm(x, **ln_1), cache, layer, n_head, n_rows, **attn)
     x += feed_forward(layer_norm(x, **ln_2), **mlp)
     return x
 
@@ -148,7 +149,7 @@ def gpt2(tokens, cache, n_last, n_head, n_scored, wte, wpe, blocks, ln_f):
     for i, params in enumerate(blocks):
         cache.note(i, x=x)
         n_rows = n_last if i == len(blocks) - 1 else n_new  # later blocks need every row, the output only the last
-        x = transformer_block(x, partial(remember_and_attend, cache, i), n_head, n_rows, **params)
+        x = transformer_block(x, cache, i, n_head, n_rows, **params)
     cache.note(len(blocks), x=x)
     return matmul(layer_norm(x, **ln_f), wte[:n_scored].T)
 
@@ -191,8 +192,7 @@ class Model:
         """Room for the whole context, or for n_seq tokens if that is less: large memory takes time to be had."""
         n_head, d_head = self.hparams["n_head"], self.hparams["n_embd"] // self.hparams["n_head"]
         n_seq = self.hparams["n_ctx"] if n_seq is None else min(n_seq, self.hparams["n_ctx"])
-        shape = (self.hparams["n_layer"], n_batch, n_head, n_seq, d_head)
-        return KVCache(np.empty(shape, np.float32), np.empty(shape, np.float32))
+        return KVCache(np.empty((self.hparams["n_layer"], 2, n_batch, n_head, n_seq, d_head), np.float32))
 
     def forward(self, tokens, cache: KVCache, n_last: int = 1) -> np.ndarray:
         """Feed `tokens`, int[n_batch, n_new], after those in `cache`; return float32[n_batch, n_last, n_vocab].
@@ -202,12 +202,12 @@ class Model:
         rows than tokens, or logits that are NaN or infinite.
         """
         tokens = np.asarray(tokens)
-        n_vocab, n_ctx = self.hparams["n_vocab"], cache.keys.shape[3]
+        n_vocab, n_ctx = self.hparams["n_vocab"], cache.n_ctx
         n_batch, n_new = tokens.shape if tokens.ndim == 2 else (0, 0)
-        if n_batch != cache.keys.shape[1] or not 1 <= n_last <= n_new or tokens.dtype.kind not in "iu":
+        if n_batch != cache.n_batch or not 1 <= n_last <= n_new or tokens.dtype.kind not in "iu":
             raise ValueError(
                 f"tokens are {tokens.dtype}{list(tokens.shape)} and n_last {n_last}; expected integers of shape "
-                f"[{cache.keys.shape[1]}, n_new] and n_last from 1 to n_new"
+                f"[{cache.n_batch}, n_new] and n_last from 1 to n_new"
             )
         if tokens.min() < 0 or tokens.max() >= n_vocab:
             bad = next(int(i) for i in tokens.flat if not 0 <= i < n_vocab)

@@ -25,7 +25,7 @@ class Trace(KVCache):
     in_parts = False
 
     def __init__(self, cache: KVCache):
-        super().__init__(cache.keys, cache.values, cache.length, cache.n_pad)
+        super().__init__(cache.kv, cache.length, cache.n_pad)
         self.hidden: list[np.ndarray] = []
         self.weights: list[np.ndarray] = []
 

@@ -8,7 +8,7 @@ MASKED = -1e10  # added to the score of a key that may not be seen; -inf would g
 
 
 class KVCache:
-    """The keys and values of the tokens fed so far: float32[n_layer, n_batch, n_head, n_ctx, d_head], `length` used.
+    """The keys and values of the tokens fed so far: float32[n_layer, 2, n_batch, n_head, n_ctx, d_head], `length` used.
 
     A fresh one is "no cache". Setting `length` back forgets the tokens after it. `n_pad`: how many of a row's first
     tokens only fill it up to the length of the longest, and are never seen.
@@ -16,11 +16,18 @@ class KVCache:
 
     in_parts = True  # long prompts may pass through it in several threads
 
-    def __init__(self, keys: np.ndarray, values: np.ndarray, length: int = 0, n_pad: Sequence[int] = ()):
-        self.keys = keys
-        self.values = values
+    def __init__(self, kv: np.ndarray, length: int = 0, n_pad: Sequence[int] = ()):
+        self.kv = kv
         self._length = length
-        self.n_pad = np.array(n_pad if len(n_pad) else [0] * keys.shape[1])
+        self.n_pad = np.array(n_pad if len(n_pad) else [0] * self.n_batch)
+
+    @property
+    def n_batch(self) -> int:
+        return self.kv.shape[2]
+
+    @property
+    def n_ctx(self) -> int:
+        return self.kv.shape[4]
 
     @property
     def n_pad(self) -> np.ndarray:  # int[n_batch]
@@ -47,12 +54,12 @@ class KVCache:
             return slice(start, start + n_new)
         return np.maximum(0, np.arange(start, start + n_new) - self.n_pad[:, None])
 
-    def append(self, layer, k, v):  # 2 of [n_batch, n_head, n_new, d_head] -> 2 of [n_batch, n_head, n_seq, d_head]
+    def append(self, layer, kv):  # [2, n_batch, n_head, n_new, d_head] -> [2, n_batch, n_head, n_seq, d_head]
         """Store a layer's keys and values of the new tokens, return all it has; `advance` counts them, once."""
-        stop = self._length + k.shape[2]
-        self.keys[layer, :, :, self._length : stop] = k
-        self.values[layer, :, :, self._length : stop] = v
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+        stop = self._length + kv.shape[3]
+        stored = self.kv[layer]
+        stored[:, :, :, self._length : stop] = kv
+        return stored[:, :, :, :stop]
 
     def padding(self, n_seq):  # -> None or [n_batch, 1, 1, n_seq]
         if not self.is_padded:
@@ -71,19 +78,18 @@ class KVCache:
         `n_same`: the rows hold the same up to this position, which need not be copied while their number stays.
         """
         rows, moved = np.asarray(rows), np.arange(len(rows))
-        old = [*self.keys, *self.values]
-        n_layer, n_batch, *shape = self.keys.shape
-        if len(rows) == n_batch:
+        old = self.kv
+        if len(rows) == self.n_batch:
             moved = moved[rows != moved]
         else:
-            self.keys, self.values = (np.empty((n_layer, len(rows), *shape), np.float32) for _ in range(2))
+            self.kv = np.empty((*old.shape[:2], len(rows), *old.shape[3:]), np.float32)
             n_same = 0
         self.n_pad = self.n_pad[rows]
         used = slice(n_same, self._length)
-        for new, source in zip([*self.keys, *self.values], old, strict=True):  # by layers: indexing makes a copy
-            new[moved, :, used] = source[rows[moved], :, used]
+        for layer in np.ndindex(old.shape[:2]):  # indexing makes a copy, so not of all at once
+            self.kv[layer][moved, :, used] = old[layer][rows[moved], :, used]
 
     def row(self, row: int) -> "KVCache":
         """One text of the batch, without its padding: a view, so what is fed to it is stored here."""
-        keys, values = (array[:, row : row + 1, :, self.n_pad[row] :] for array in (self.keys, self.values))
-        return KVCache(keys, values, self._length - int(self.n_pad[row]))
+        n_pad = int(self.n_pad[row])
+        return KVCache(self.kv[:, :, row : row + 1, :, n_pad:], self._length - n_pad)

@@ -23,13 +23,13 @@ class Part(KVCache):
     """A cache as it is for some of the new tokens, which pass through the layers beside those of `before`."""
 
     def __init__(self, cache: KVCache, start: int, before: "Part | None"):
-        super().__init__(cache.keys, cache.values, start, cache.n_pad)
+        super().__init__(cache.kv, start, cache.n_pad)
         self.before = before
         self.stored: SimpleQueue[bool] = SimpleQueue()  # True for each layer; then False
 
-    def append(self, layer, k, v):
+    def append(self, layer, kv):
         """As KVCache.append, once the parts before have stored this layer too."""
-        seen = super().append(layer, k, v)
+        seen = super().append(layer, kv)
         if self.before and not self.before.stored.get():
             raise RuntimeError("the part before this one failed")
         self.stored.put(True)

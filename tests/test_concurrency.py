@@ -139,7 +139,7 @@ def test_a_fork_waits_for_the_passes_of_other_threads():
 
         model = random_model()
         cache = model.new_cache()
-        busy = threading.Thread(target=model.forward, args=[[[1]], Cache(cache.keys, cache.values)])
+        busy = threading.Thread(target=model.forward, args=[[[1]], Cache(cache.kv)])
         busy.start()
         begun.wait()
         threading.Timer(0.2, end.set).start()
@@ -157,7 +157,7 @@ def test_a_fork_waits_for_the_passes_of_other_threads():
             def note(self, layer, **arrays):
                 self.child = os.fork() if self.child is None else self.child
 
-        cache = Forks(cache.keys, cache.values)
+        cache = Forks(cache.kv)
         model.forward([[1]], cache)
         if not cache.child:
             os._exit(0 if list(gpt2.generate(model, [1], 3)) else 1)

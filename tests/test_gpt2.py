@@ -83,10 +83,8 @@ def test_taken_rows_of_a_cache_equal_fresh_ones(rows, n_same):
     MODEL.forward(texts[:, :10], taken)
     MODEL.forward(texts[rows, :10], fresh)
     taken.take(rows, n_same)
-    assert taken.length == 10 and taken.keys.shape == fresh.keys.shape
-    for name in ("keys", "values"):
-        used = [getattr(cache, name)[..., :10, :] for cache in (taken, fresh)]
-        np.testing.assert_allclose(*used, rtol=0, atol=1e-5)
+    assert taken.length == 10 and taken.kv.shape == fresh.kv.shape
+    np.testing.assert_allclose(*(cache.kv[..., :10, :] for cache in (taken, fresh)), rtol=0, atol=1e-5)
     after = [MODEL.forward(texts[rows, 10:], cache, n_last=2) for cache in (taken, fresh)]
     np.testing.assert_allclose(*after, rtol=0, atol=1e-4)
 
@@ -94,10 +92,10 @@ def test_taken_rows_of_a_cache_equal_fresh_ones(rows, n_same):
 def test_taking_rows_copies_only_what_differs():
     cache = MODEL.new_cache(n_batch=2)
     MODEL.forward([IDS[:6], IDS[6:12]], cache)
-    before = cache.keys.copy()
+    before = cache.kv.copy()
     cache.take([1, 1], n_same=4)
-    assert (cache.keys[:, :, :, :4] == before[:, :, :, :4]).all()
-    assert (cache.keys[:, 0, :, 4:6] == before[:, 1, :, 4:6]).all()
+    assert (cache.kv[..., :4, :] == before[..., :4, :]).all()
+    assert (cache.kv[:, :, 0, :, 4:6] == before[:, :, 1, :, 4:6]).all()
 
 
 def test_everything_is_float32():
@@ -121,7 +119,7 @@ def test_everything_is_float32():
         MODEL.forward([IDS[:5]], cache)
         MODEL.forward([IDS[5:6]], cache)
     assert {name for name, _ in seen} == set(names)
-    assert {dtype for _, dtype in seen} | {cache.keys.dtype, cache.values.dtype} == {np.dtype(np.float32)}
+    assert {dtype for _, dtype in seen} | {cache.kv.dtype} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_each_row_of_weights_is_a_distribution_over_what_came_before(n):
 def test_looking_changes_nothing(n_last):
     plain, trace = MODEL.new_cache(), Trace(MODEL.new_cache())
     np.testing.assert_array_equal(MODEL.forward([IDS], trace, n_last), MODEL.forward([IDS], plain, n_last))
-    np.testing.assert_array_equal(trace.keys[..., :20, :], plain.keys[..., :20, :])
+    np.testing.assert_array_equal(trace.kv[..., :20, :], plain.kv[..., :20, :])
     assert trace.length == 20
     assert [x.shape[1] for x in trace.hidden] == [20, 20, 20, n_last]
     assert [w.shape[2:] for w in trace.weights] == [(20, 20), (20, 20), (n_last, 20)]
