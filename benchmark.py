@@ -3,7 +3,8 @@
     python benchmark.py rows --model_size random:124M
     python benchmark.py all
 
-Ratios are of one run: what is compared is measured in turn, and medians are quoted with their spread (the quartiles).
+Ratios are of one run: what is compared is measured in turn, turn by turn where a table has ratios to one program, and
+medians are quoted with their spread (the quartiles).
 random:124M has random weights of the real shapes. Peers that happen to be installed get the same weights and tokens.
 """
 
@@ -65,13 +66,14 @@ def decode(model_size: str = "random:124M", models_dir: str = "models", *, n_tim
             peer.prefill(ids[:-1])
             actions[name] = lambda name=name, peer=peer, ids=ids, logits=logits: logits.update({name: peer.step(ids)})
         times = in_turn(actions, n_times)
-        base = np.median(times["stream of the weights"])
         kv_bytes = 2 * position * model.hparams["n_embd"] * model.hparams["n_layer"] * 4
         for name, values in times.items():
             values = values / (peers[name].n_steps if name in peers else 1)
             row = {"position": position, "program": name} | milliseconds(values)
-            row["gb_per_s"] = round((weight_bytes + kv_bytes * (name == "this program")) / np.median(values) / 1e9, 1)
-            row["of_stream"] = round(row["gb_per_s"] * base / weight_bytes * 1e9, 3)
+            n_read = weight_bytes + kv_bytes * (name == "this program")
+            row["gb_per_s"] = round(n_read / np.median(values) / 1e9, 1)
+            in_pairs = times["stream of the weights"] / values
+            row["of_stream"] = round(n_read / weight_bytes * np.median(in_pairs), 3)
             if name in logits:
                 row["largest_difference"] = f"{np.abs(logits[name] - logits['this program']).max():.1e}"
             rows.append(row)
@@ -88,13 +90,12 @@ def prefill(model_size: str = "random:124M", models_dir: str = "models", *, n_to
     for name, peer in installed_peers(model).items():
         actions[name] = lambda name=name, peer=peer: logits.update({name: peer.prefill(ids)})
     rows = []
-    for name, values in in_turn(actions, n_times).items():
+    times = in_turn(actions, n_times)
+    for name, values in times.items():
         row = {"tokens": len(ids), "program": name} | milliseconds(values)
-        row["times_this"] = 0.0
+        row["times_this"] = round(float(np.median(values / times["this program"])), 2)
         row["largest_difference"] = f"{np.abs(logits[name] - logits['this program']).max():.1e}"
         rows.append(row)
-    for row in rows:
-        row["times_this"] = round(row["ms"] / rows[0]["ms"], 2)
     report("prefill", rows, draw_bars(rows, "program", f"{model_size}: a prompt of {len(ids)} tokens"))
 
 
