@@ -27,7 +27,7 @@ Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_
 N_QUERIES = 128  # attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
 N_SCORED = 256  # rows of logits that `score` has at once
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
-N_GELU = 1 << 14  # numbers at once, so that the passes over them stay within the cache
+N_GELU = 1 << 16  # numbers at once, so that the passes over them stay within the cache
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The layers
@@ -105,7 +105,7 @@ def attend_block(q, k, v, padding):  # as attend
     scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     out = matmul_heads(scores, v)
-    out /= np.add.reduce(scores, axis=-1, keepdims=True)
+    out /= np.vecdot(scores, full(scores.shape[-1], 1))[..., None]  # their sum
     return out
 
 
@@ -123,11 +123,8 @@ def attention(x, cache, layer, n_head, n_rows, c_attn, c_proj):
     # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]
     n_batch, n_new, n_embd = x.shape
     qkv = linear(x, **c_attn).reshape(n_batch, n_new, 3, n_head, n_embd // n_head).transpose(2, 0, 3, 1, 4)
-    q = qkv[0, :, :, n_new - n_rows :]  # [n_batch, n_head, n_rows, d_head]
-    k, v = cache.append(layer, qkv[1:])  # of the past too: each [n_batch, n_head, n_seq, d_head]
-    padding = cache.padding(k.shape[2])
-    cache.note(layer, q=q, k=k, padding=padding)
-    heads = attend(q, k, v, padding)
+    k, v = cache.append(layer, qkv)  # of the past too: each [n_batch, n_head, n_seq, d_head]
+    heads = attend(qkv[0, :, :, n_new - n_rows :], k, v, cache.padding(k.shape[2]))
     return linear(heads.swapaxes(1, 2).reshape(n_batch, n_rows, n_embd), **c_proj)
 
 
@@ -147,10 +144,10 @@ def gpt2(tokens, cache, n_last, n_head, n_scored, wte, wpe, blocks, ln_f):
     n_new = tokens.shape[1]
     x = embed(tokens, cache.positions(n_new), wte, wpe)
     for i, params in enumerate(blocks):
-        cache.note(i, x=x)
+        cache.note(x)
         n_rows = n_last if i == len(blocks) - 1 else n_new  # later blocks need every row, the output only the last
         x = transformer_block(x, cache, i, n_head, n_rows, **params)
-    cache.note(len(blocks), x=x)
+    cache.note(x)
     return matmul(layer_norm(x, **ln_f), wte[:n_scored].T)
 
 

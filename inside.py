@@ -29,13 +29,15 @@ class Trace(KVCache):
         self.hidden: list[np.ndarray] = []
         self.weights: list[np.ndarray] = []
 
-    def note(self, layer, x=None, q=None, k=None, padding=None):
-        if x is not None:
-            self.hidden.append(x.copy())
-        else:
-            weights = attention_scores(q, k, padding)
-            weights = np.exp(weights - weights.max(axis=-1, keepdims=True))
-            self.weights.append(weights / weights.sum(axis=-1, keepdims=True))
+    def append(self, layer, qkv):
+        k, v = super().append(layer, qkv)
+        weights = attention_scores(qkv[0], k, self.padding(k.shape[2]))
+        weights = np.exp(weights - weights.max(axis=-1, keepdims=True))
+        self.weights.append(weights / weights.sum(axis=-1, keepdims=True))
+        return k, v
+
+    def note(self, x):
+        self.hidden.append(x.copy())
 
 
 def look_inside(model: Model, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -54,11 +54,11 @@ class KVCache:
             return slice(start, start + n_new)
         return np.maximum(0, np.arange(start, start + n_new) - self.n_pad[:, None])
 
-    def append(self, layer, kv):  # [2, n_batch, n_head, n_new, d_head] -> [2, n_batch, n_head, n_seq, d_head]
+    def append(self, layer, qkv):  # [3, n_batch, n_head, n_new, d_head] -> [2, n_batch, n_head, n_seq, d_head]
         """Store a layer's keys and values of the new tokens, return all it has; `advance` counts them, once."""
-        stop = self._length + kv.shape[3]
+        stop = self._length + qkv.shape[3]
         stored = self.kv[layer]
-        stored[:, :, :, self._length : stop] = kv
+        stored[:, :, :, self._length : stop] = qkv[1:]
         return stored[:, :, :, :stop]
 
     def padding(self, n_seq):  # -> None or [n_batch, 1, 1, n_seq]
@@ -66,8 +66,8 @@ class KVCache:
             return None
         return np.where(np.arange(n_seq) < self.n_pad[:, None], np.float32(MASKED), np.float32(0))[:, None, None]
 
-    def note(self, layer: int, **arrays: np.ndarray) -> None:
-        """What a layer computes passes here, for caches that look at it (inside.py)."""
+    def note(self, x: np.ndarray) -> None:
+        """What goes into each layer passes here, and what comes out of the last, for caches that look (inside.py)."""
 
     def advance(self, n_new: int) -> None:
         self._length += n_new

@@ -27,9 +27,9 @@ class Part(KVCache):
         self.before = before
         self.stored: SimpleQueue[bool] = SimpleQueue()  # True for each layer; then False
 
-    def append(self, layer, kv):
+    def append(self, layer, qkv):
         """As KVCache.append, once the parts before have stored this layer too."""
-        seen = super().append(layer, kv)
+        seen = super().append(layer, qkv)
         if self.before and not self.before.stored.get():
             raise RuntimeError("the part before this one failed")
         self.stored.put(True)

@@ -76,10 +76,10 @@ def test_a_part_that_fails_stops_the_others_and_its_error_arrives(in_parts, monk
         failing = 0
     cache, store = model.new_cache(), gpt2.KVCache.append
 
-    def fail(self, layer, kv):
+    def fail(self, layer, qkv):
         if layer == 1 and failing == (self.before is not None) + (getattr(self.before, "before", None) is not None):
             raise error
-        return store(self, layer, kv)
+        return store(self, layer, qkv)
 
     monkeypatch.setattr(gpt2.KVCache, "append", fail)
     monkeypatch.setattr(gpt2.KVCache, "before", None, raising=False)
