@@ -13,13 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gpt2 import Model, check_request
-from sampling import check, is_number, is_whole
-
-
-def log_softmax(logits):  # [..., n] -> float64[..., n]
-    x = np.subtract(logits, logits.max(axis=-1, keepdims=True), dtype=np.float64)
-    x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
-    return x
+from sampling import check, is_number, is_whole, log_softmax
 
 
 def likeliest(totals, n):  # [n_rows, n_vocab] -> up to n of (total, row, id), best first
@@ -61,7 +55,7 @@ def beam_search(
         logits = model.forward(new, cache)[:, 0]
         open_beams = []
         # Twice as many as are kept: at most one continuation of each beam ends it, so that n_beam can go on.
-        candidates = likeliest(log_softmax(logits) + np.array(totals)[:, None], 2 * n_beam)
+        candidates = likeliest(log_softmax(logits.astype(np.float64)) + np.array(totals)[:, None], 2 * n_beam)
         for rank, (total, row, i) in enumerate(candidates):
             if i != eot_id and n < n_tokens:
                 open_beams.append((total, row, [*beams[row], i]))

@@ -10,7 +10,7 @@ import numpy as np
 
 import cli
 from gpt2 import Model, check_n_tokens, check_slide, generate, generate_batch
-from sampling import Sampler, check, for_text, is_whole, make_sampler, scores_of
+from sampling import Sampler, check, for_text, is_whole, log_softmax, make_sampler, scores_of
 from stats import Stopwatch
 from stopping import check_overflow, check_stops, has_ended, step_of, text_until_end
 from utils import load_encoder_hparams_and_params
@@ -79,8 +79,7 @@ class Alternatives:
         return scores_of(self.sample, logits, position)
 
     def __call__(self, logits: np.ndarray, position: int) -> int:
-        probabilities = np.exp(logits - logits.max(), dtype=np.float64)
-        probabilities /= probabilities.sum()
+        probabilities = np.exp(log_softmax(logits.astype(np.float64)))
         i = self.sample(logits, position)
         self.chosen = i, float(probabilities[i])
         self.best = [(int(j), float(probabilities[j])) for j in np.argsort(-logits, kind="stable")[: self.n]]

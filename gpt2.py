@@ -20,7 +20,7 @@ import cli
 from kv_cache import MASKED, KVCache
 from matmul import MAX_FEW_ROWS, matmul, matmul_heads, products_for
 from parts import can_share, in_parts
-from sampling import NEAR_TIE, Sampler, check, for_text, greedy, is_whole, margin
+from sampling import NEAR_TIE, Sampler, check, for_text, greedy, is_whole, log_softmax, margin
 from threads import forks
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
@@ -377,9 +377,8 @@ def score(model: Model, ids: Sequence[int]) -> np.ndarray:
     for start in range(0, len(scores), N_SCORED):  # not all at once: the logits of 1024 tokens take 206 MB
         rows = slice(start, min(start + N_SCORED, len(scores)))
         logits = model.forward([ids[rows]], cache, n_last=rows.stop - start)[0]
-        logits -= logits.max(axis=-1, keepdims=True)
-        following = np.take_along_axis(logits, np.array(ids[start + 1 : rows.stop + 1])[:, None], axis=-1)[:, 0]
-        scores[rows] = following - np.log(np.exp(logits).sum(axis=-1))
+        following = ids[start + 1 : rows.stop + 1]
+        scores[rows] = log_softmax(logits)[np.arange(len(following)), following]
     return scores
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import cli
 from gpt2 import Model, attention_scores
 from kv_cache import KVCache
-from sampling import check, is_whole
+from sampling import check, is_whole, log_softmax
 from utils import load_encoder_hparams_and_params
 
 
@@ -31,9 +31,8 @@ class Trace(KVCache):
 
     def append(self, layer, qkv):
         k, v = super().append(layer, qkv)
-        weights = attention_scores(qkv[0], k, self.padding(k.shape[2]))
-        weights = np.exp(weights - weights.max(axis=-1, keepdims=True))
-        self.weights.append(weights / weights.sum(axis=-1, keepdims=True))
+        scores = attention_scores(qkv[0], k, self.padding(k.shape[2]))
+        self.weights.append(np.exp(log_softmax(scores)))
         return k, v
 
     def note(self, x):

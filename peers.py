@@ -9,6 +9,7 @@ import tempfile
 
 import numpy as np
 
+from gpt2 import PRODUCTS
 from threads import team
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ class Transformers:
             for norm in ("ln_1", "ln_2"):
                 copy(getattr(layer, norm).weight, block[norm]["g"])
                 copy(getattr(layer, norm).bias, block[norm]["b"])
-            for part, name in (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj")):
+            for part, name in PRODUCTS:
                 linear = getattr(getattr(layer, part), name)
                 copy(linear.weight, block[part][name]["w"])
                 copy(linear.bias, block[part][name]["b"])

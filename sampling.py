@@ -46,6 +46,12 @@ def margin(sample: Sampler, logits: np.ndarray, position: int) -> float:
     return float(scores[best] - rest)
 
 
+def log_softmax(x):  # [..., n] -> [..., n]
+    x = x - x.max(axis=-1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return x
+
+
 def keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:  # [n_vocab] -> [n_vocab]
     """-inf for all but the k largest, and those equal to the k-th (Fan et al. 2018)."""
     if k >= logits.size:
