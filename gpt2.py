@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from itertools import product
 
 import numpy as np
 
@@ -24,7 +25,8 @@ from sampling import NEAR_TIE, Sampler, check, for_text, greedy, is_whole, log_s
 from threads import forks
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
-N_QUERIES = 128  # attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
+N_QUERIES = 96  # attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
+N_SCORES = 1 << 18  # of them at once, of several heads: few calls, since threads wait for each other to make one
 N_SCORED = 256  # rows of logits that `score` has at once
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
 N_GELU = 1 << 16  # numbers at once, so that the passes over them stay within the cache
@@ -63,7 +65,8 @@ def gelu(x):  # [..., n] -> [..., n], in place
 def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
     n_embd = x.shape[-1]
     x = x - np.vecdot(x, full(n_embd, 1 / n_embd))[..., None]  # the mean
-    x *= g / np.sqrt(np.vecdot(x, x) / n_embd + eps)[..., None]  # the root of the variance
+    x /= np.sqrt(np.vecdot(x, x) / n_embd + eps)[..., None]  # the root of the variance
+    x *= g
     x += b
     return x
 
@@ -79,23 +82,25 @@ def causal_mask(n):  # -> [n, n]
     return np.triu(np.full((n, n), MASKED, np.float32), 1)
 
 
-def attend(q, k, v, padding=None):  # [..., n_rows, d_head], [..., n_seq, d_head] twice -> [..., n_rows, d_head]
+def attend(q, k, v, padding=None):
+    # [n_batch, n_head, n_rows, d_head], [n_batch, n_head, n_seq, d_head] twice -> [n_batch, n_head, n_rows, d_head]
     """Scaled dot-product attention of the last n_rows positions, each seeing itself and what is before it.
 
-    `padding`, float32[..., 1, n_seq], is added to the scores: MASKED for keys that are padding.
+    `padding`, float32[n_batch, 1, 1, n_seq], is added to the scores: MASKED for keys that are padding.
     """
     n_rows = q.shape[-2]
     if n_rows <= MAX_FEW_ROWS:
         return attend_block(q, k, v, padding)
-    n_past = k.shape[-2] - n_rows
+    (n_batch, n_head), n_past = q.shape[:2], k.shape[-2] - n_rows
     out = np.empty_like(q)
-    padding = None if padding is None else np.broadcast_to(padding, (*q.shape[:-2], 1, k.shape[-2]))
-    for head in np.ndindex(q.shape[:-2]):  # one head and N_QUERIES at a time: their scores stay within the cache
-        for start in range(0, n_rows, N_QUERIES):
-            rows = slice(start, min(start + N_QUERIES, n_rows))
-            seen = slice(0, n_past + rows.stop)
-            mask = None if padding is None else padding[head][:, seen]
-            out[head][rows] = attend_block(q[head][rows], k[head][seen], v[head][seen], mask)
+    for start in range(0, n_rows, N_QUERIES):
+        rows = slice(start, min(start + N_QUERIES, n_rows))
+        seen = slice(0, n_past + rows.stop)
+        n_heads = max(1, N_SCORES // (N_QUERIES * seen.stop))
+        for text, head in product(range(n_batch), range(0, n_head, n_heads)):
+            heads = text, slice(head, head + n_heads)
+            mask = None if padding is None else padding[text][..., seen]
+            out[heads][:, rows] = attend_block(q[heads][:, rows], k[heads][:, seen], v[heads][:, seen], mask)
     return out
 
 
