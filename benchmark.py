@@ -24,7 +24,7 @@ import speculative
 from adaptive import Adaptive
 from endurance import endurance
 from measure import FOLDER, draw_bars, in_turn, load_model, milliseconds, random_ids, report, stream
-from peers import PEERS, plain_forward
+from peers import N_STEPS, PEERS, plain_forward
 from sampling import make_sampler
 from speculative import DraftModel, FirstOf, PromptLookup
 from stats import n_bytes
@@ -45,30 +45,32 @@ def installed_peers(model: gpt2.Model) -> dict:
     return peers
 
 
-def decode(model_size: str = "random:124M", models_dir: str = "models", *, n_times=15):
-    """One token at positions 10 and 900: this program, the stream of its weights, the peers."""
+def decode(model_size: str = "random:124M", models_dir: str = "models", *, n_times=11):
+    """A token from positions 10 and 900 on: this program, the stream of its weights, the peers."""
     model = load_model(model_size, models_dir)
     peers = installed_peers(model)
+    n_steps = {name: peer.n_steps for name, peer in peers.items()}
     weight_bytes = n_bytes(model.params)
     rows = []
     for position in (10, model.hparams["n_ctx"] * 900 // 1024):
-        ids = random_ids(model, position + 1)
+        ids = random_ids(model, model.hparams["n_ctx"])
         cache = model.new_cache()
-        model.forward([ids[:-1]], cache)
+        model.forward([ids[:position]], cache)
         logits = {}
 
-        def step(ids=ids, cache=cache, logits=logits):
-            cache.length = len(ids) - 1
-            logits["this program"] = model.forward([ids[-1:]], cache)[0, -1]
+        def steps(position=position, ids=ids, cache=cache, logits=logits):
+            cache.length = position
+            new = [model.forward([[i]], cache)[0, 0] for i in ids[position : position + N_STEPS]]
+            logits["this program"] = new[0]
 
-        actions = {"stream of the weights": stream(model), "this program": step}
+        actions = {"stream of the weights": stream(model, N_STEPS), "this program": steps}
         for name, peer in peers.items():
-            peer.prefill(ids[:-1])
-            actions[name] = lambda name=name, peer=peer, ids=ids, logits=logits: logits.update({name: peer.step(ids)})
-        times = in_turn(actions, n_times)
-        kv_bytes = 2 * position * model.hparams["n_embd"] * model.hparams["n_layer"] * 4
+            peer.prefill(ids[:position])
+            fed = ids[: position + peer.n_steps]
+            actions[name] = lambda name=name, peer=peer, fed=fed, logits=logits: logits.update({name: peer.decode(fed)})
+        times = {name: t / n_steps.get(name, N_STEPS) for name, t in in_turn(actions, n_times).items()}
+        kv_bytes = int(2 * (position + N_STEPS / 2) * model.hparams["n_embd"] * model.hparams["n_layer"] * 4)
         for name, values in times.items():
-            values = values / (peers[name].n_steps if name in peers else 1)
             row = {"position": position, "program": name} | milliseconds(values)
             n_read = weight_bytes + kv_bytes * (name == "this program")
             row["gb_per_s"] = round(n_read / np.median(values) / 1e9, 1)
@@ -78,7 +80,7 @@ def decode(model_size: str = "random:124M", models_dir: str = "models", *, n_tim
                 row["largest_difference"] = f"{np.abs(logits[name] - logits['this program']).max():.1e}"
             rows.append(row)
     first = [row for row in rows if row["position"] == 10]
-    report("decode", rows, draw_bars(first, "program", f"{model_size}: one token at position 10"))
+    report("decode", rows, draw_bars(first, "program", f"{model_size}: a token from position 10 on"))
 
 
 def prefill(model_size: str = "random:124M", models_dir: str = "models", *, n_tokens=1000, n_times=5):

@@ -37,7 +37,9 @@ N_GELU = 1 << 16  # numbers at once, so that the passes over them stay within th
 
 
 def embed(tokens, positions, wte, wpe):  # int[n_batch, n_new] -> [n_batch, n_new, n_embd]
-    return wte[tokens] + wpe[positions]
+    x = wte[tokens]
+    x += wpe[positions]
+    return x
 
 
 @lru_cache(maxsize=32)

@@ -60,15 +60,16 @@ def milliseconds(times: np.ndarray) -> dict[str, float]:
     return {"ms": round(median, 3), "ms_low": round(low, 3), "ms_high": round(high, 3)}
 
 
-def stream(model: gpt2.Model) -> Callable[[], None]:
-    """One-row `x @ w` with every matrix that a step reads: what streaming the weights takes at least."""
+def stream(model: gpt2.Model, n_times: int = 1) -> Callable[[], None]:
+    """One-row `x @ w` with every matrix that a step reads, n_times: what streaming the weights takes at least."""
     blocks = model.params["blocks"]
     weights = [block[part][name]["w"] for block in blocks for part, name in gpt2.PRODUCTS] + [model.params["wte"].T]
     pairs = [(np.ones((1, w.shape[0]), np.float32), w) for w in weights]
 
     def run():
-        for x, w in pairs:
-            x @ w
+        for _ in range(n_times):
+            for x, w in pairs:
+                x @ w
 
     return run
 

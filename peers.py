@@ -1,7 +1,7 @@
 """Other programs that run GPT-2, for benchmark.py: each gets the weights of a Model.
 
-A peer has prefill(ids), which feeds a prompt and returns the logits of its last row, and step(ids), which returns the
-logits of the last id where the others have been fed. Its n_steps is how many tokens a step goes on for, greedily.
+A peer has prefill(ids), which feeds a prompt and returns the logits of its last row, and decode(ids), which feeds the
+last n_steps ids one by one, where the others have been fed, and returns the logits of the first of these.
 """
 
 import math
@@ -11,6 +11,8 @@ import numpy as np
 
 from gpt2 import PRODUCTS
 from threads import team
+
+N_STEPS = 8  # tokens decoded one after another: the first after a pause takes longer than the others
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plain NumPy
@@ -50,7 +52,7 @@ def plain_forward(ids, params, n_head, past=None, every_row=True):  # [n_new] ->
 
 class PlainNumPy:
     name = "plain NumPy, no cache (picoGPT's way)"
-    n_steps = 1
+    n_steps = 1  # without a cache the next would be a prefill as well
 
     def __init__(self, model):
         self.model = model
@@ -58,7 +60,7 @@ class PlainNumPy:
     def prefill(self, ids):
         return plain_forward(ids, self.model.params, self.model.hparams["n_head"])[-1]
 
-    step = prefill
+    decode = prefill
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ class PlainNumPy:
 
 class Transformers:
     name = "Hugging Face transformers, PyTorch float32"
-    n_steps = 1
+    n_steps = N_STEPS
 
     def __init__(self, model):
         import torch
@@ -109,11 +111,14 @@ class Transformers:
         logits, self.past = self.feed(ids, None)
         return logits
 
-    def step(self, ids):
-        if too_many := self.past.get_seq_length() - (len(ids) - 1):
+    def decode(self, ids):
+        if too_many := self.past.get_seq_length() - (len(ids) - self.n_steps):
             self.past.crop(-too_many)
-        logits, self.past = self.feed(ids[-1:], self.past)
-        return logits
+        logits = []
+        for i in ids[-self.n_steps :]:
+            scores, self.past = self.feed([i], self.past)
+            logits.append(scores)
+        return logits[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -122,13 +127,13 @@ class Transformers:
 
 
 class CTranslate2:
-    """Steps go on from a static prompt, the one state that it keeps between calls.
+    """Decodes from a static prompt, the one state that it keeps between calls, and goes on greedily.
 
-    Each call copies that state, which may take as long as a token: hence several tokens a step.
+    Each call copies that state, which may take as long as a token: hence more tokens a call.
     """
 
     name = "CTranslate2 float32"
-    n_steps = 16
+    n_steps = 2 * N_STEPS
 
     def __init__(self, model):
         import ctranslate2
@@ -182,8 +187,9 @@ class CTranslate2:
     def prefill(self, ids):
         return self.feed(ids, 1)
 
-    def step(self, ids):
-        return self.feed(ids[-1:], self.n_steps, static_prompt=[str(i) for i in ids[:-1]])
+    def decode(self, ids):
+        past, following = ids[: -self.n_steps], ids[-self.n_steps :]
+        return self.feed(following[:1], self.n_steps, static_prompt=[str(i) for i in past])
 
 
 PEERS = (PlainNumPy, Transformers, CTranslate2)

@@ -99,11 +99,12 @@ def test_a_peer_gives_the_logits_of_the_reference(peer):
         fed = peer(model)
     except ImportError as e:
         pytest.skip(f"{e.name} is not installed")
-    for ids in ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 0, 130]):
+    for prompt in ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 0, 130]):
+        ids = prompt + [5, 9] * (fed.n_steps // 2) + [7] * (fed.n_steps % 2)
         expected = reference_logits(model, ids)
-        np.testing.assert_allclose(fed.prefill(ids[:-1]), expected[-2], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(fed.prefill(prompt), expected[len(prompt) - 1], rtol=0, atol=1e-4)
         for _ in range(2):
-            np.testing.assert_allclose(fed.step(ids), expected[-1], rtol=0, atol=1e-4)
+            np.testing.assert_allclose(fed.decode(ids), expected[len(prompt)], rtol=0, atol=1e-4)
 
 
 def test_peers_that_are_not_installed_are_named_and_left_out(monkeypatch, capsys):
