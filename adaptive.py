@@ -1,6 +1,7 @@
 """How many guesses pay: a drafter's draft length, chosen from what was measured so far."""
 
 import time
+from collections import deque
 
 import numpy as np
 
@@ -18,31 +19,31 @@ def common_length(a: list[int], b: list[int]) -> int:
 class Adaptive:
     """Asks a drafter for as many guesses as pay, by what they cost and how often they were right so far.
 
-    A round with n guesses, each right with probability p, makes (1 - p^(n+1)) / (1 - p) tokens on average and costs n
-    draft steps and a pass of the target over n + 1 rows. The n with the most tokens a second is asked for, 0 if none
+    A round with n guesses, each right with probability p, makes (1 - p^(n+1)) / (1 - p) tokens on average and costs the
+    drafter's time and a pass of the target over n + 1 rows. The n with the most tokens a second is asked for, 0 if none
     beats plain decoding; then a guess is tried again from time to time, since texts change.
     """
 
-    MEMORY = 0.95  # of p and of times, a round
+    MEMORY = 0.95  # of p, a round
+    N_TRIALS = 2  # rounds with guesses that are timed before their number is chosen
     RETRY = 16  # rounds without a guess before one is tried again; twice as many after each try that fails
 
     def __init__(self, drafter: Drafter, n_max: int = 10, clock=time.perf_counter):
         self.drafter, self.n_max, self.clock = drafter, n_max, clock
         self.n_right, self.n_wrong = 1.0, 1.0  # as if two guesses had been checked
-        self.draft_seconds = Average(self.MEMORY)
-        self.pass_seconds: dict[int, Average] = {}  # by the number of guesses
+        self.round_seconds: dict[int, Recent] = {}  # by the number of guesses
         self.n_wanted = 0
         self.n_idle, self.n_retry = 0, self.RETRY  # rounds since a guess was wanted, and until one is tried again
         self.guesses: list[int] = []
         self.n_before = 0  # length of the text when they were made
-        self.asked = 0.0  # when they were ready
+        self.asked = 0.0  # when they were asked for
 
     def __call__(self, tokens: list[int], n_max: int) -> list[int]:
-        started = self.clock()
+        now = self.clock()
         # The first pass is over the prompt, and tells nothing of a round.
         is_first = not self.n_before or len(tokens) <= self.n_before
         if not is_first:
-            self.learn(tokens, started - self.asked)
+            self.learn(tokens, now - self.asked)
         n = self.n_wanted
         if n:
             self.n_retry = self.RETRY
@@ -50,49 +51,57 @@ class Adaptive:
             n, self.n_retry = 1, 2 * self.n_retry
         self.n_idle = 0 if n else self.n_idle + 1
         self.guesses = self.drafter(tokens, min(n, n_max)) if n and not is_first else []
-        self.n_before, self.asked = len(tokens), self.clock()
-        if self.guesses:
-            self.draft_seconds.add((self.asked - started) / len(self.guesses))
+        self.n_before, self.asked = len(tokens), now
         return self.guesses
 
     def learn(self, tokens: list[int], seconds: float) -> None:
-        """From the pass that checked the last guesses: how long it took, and what became of them."""
+        """From the last round: how long it took, and what became of its guesses."""
         n = len(self.guesses)
-        self.pass_seconds.setdefault(n, Average(self.MEMORY)).add(seconds)
+        self.round_seconds.setdefault(n, Recent()).add(seconds)
         if n:
             n_right = common_length(self.guesses, tokens[self.n_before :])
             self.n_right = self.MEMORY * self.n_right + n_right
             self.n_wrong = self.MEMORY * self.n_wrong + (n_right < n)
-            self.n_wanted = self.best_n()
-        elif len(self.pass_seconds) == 1:
-            self.n_wanted = min(3, self.n_max)  # a plain round has been timed; now one with guesses
+        timed = self.timed()
+        if 0 in timed:  # first plain rounds, then some with guesses, then what pays
+            is_tried = sum(len(self.round_seconds[n].values) for n in timed if n) >= self.N_TRIALS
+            self.n_wanted = self.best_n() if is_tried else min(3, self.n_max)
+
+    def timed(self) -> list[int]:
+        """The numbers of guesses of which a round has been timed, from the smallest."""
+        return sorted(n for n, seconds in self.round_seconds.items() if seconds.values)
 
     def best_n(self) -> int:
         """The number of guesses with the most tokens a second, as predicted."""
         p = self.n_right / (self.n_right + self.n_wrong)
-        seconds = self.predicted_pass_seconds()
         tokens = np.cumsum(p ** np.arange(self.n_max + 1))
-        return int(np.argmax(tokens / (np.arange(self.n_max + 1) * self.draft_seconds.value + seconds)))
+        return int(np.argmax(tokens / self.predicted_seconds()))
 
-    def predicted_pass_seconds(self) -> np.ndarray:  # -> [n_max + 1]
-        """A pass's time by its guesses: what was measured, between and beyond a straight line."""
-        known = sorted(self.pass_seconds)
-        times = [self.pass_seconds[n].value for n in known]
+    def predicted_seconds(self) -> np.ndarray:  # -> [n_max + 1]
+        """A round's time by its guesses: what was measured, between and beyond a straight line."""
+        known = self.timed()
+        times = [self.round_seconds[n].least for n in known]
         wanted = np.arange(self.n_max + 1)
         slope = max(0.0, (times[-1] - times[0]) / max(1, known[-1] - known[0]))
         return np.interp(wanted, known, times) + slope * np.maximum(0, wanted - known[-1])
 
 
-class Average:
-    """A mean in which each new value counts more than the ones before."""
+class Recent:
+    """The least of the last values: what else runs on the machine only ever adds to a time.
 
-    def __init__(self, memory: float):
-        self.memory, self.total, self.weight = memory, 0.0, 0.0
+    The first is left out: a draft's first round reads the prompt too, and the first pass over so many rows also finds
+    out how they are best multiplied.
+    """
+
+    def __init__(self):
+        self.values: deque[float] | None = None
 
     def add(self, value: float) -> None:
-        self.total = self.memory * self.total + value
-        self.weight = self.memory * self.weight + 1
+        if self.values is None:
+            self.values = deque(maxlen=16)
+        else:
+            self.values.append(value)
 
     @property
-    def value(self) -> float:
-        return self.total / self.weight if self.weight else 0.0
+    def least(self) -> float:
+        return min(self.values)

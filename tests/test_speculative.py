@@ -323,6 +323,17 @@ def test_speculation_switches_itself_off_when_it_loses():
         assert max(asked[50:]) <= 2  # tried again now and then
 
 
+def test_what_slows_a_round_down_once_does_not_switch_speculation_off():
+    seen = set()
+
+    def pass_cost(n):
+        is_first = n not in seen
+        seen.add(n)
+        return 1 + 0.1 * n + 50 * (is_first and n > 0)  # which chooses how to multiply n + 1 rows
+
+    assert np.mean(simulate(0.8, 0.02, pass_cost, n_rounds=60)[20:]) > 3
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 # ----------------------------------------------------------------------------------------------------------------------
