@@ -67,8 +67,7 @@ def gelu(x):  # [..., n] -> [..., n], in place
 def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
     n_embd = x.shape[-1]
     x = x - np.vecdot(x, full(n_embd, 1 / n_embd))[..., None]  # the mean
-    x /= np.sqrt(np.vecdot(x, x) / n_embd + eps)[..., None]  # the root of the variance
-    x *= g
+    x *= g / np.sqrt(np.vecdot(x, x) / n_embd + eps)[..., None]  # the root of the variance
     x += b
     return x
 
