@@ -66,8 +66,8 @@ def gelu(x):  # [..., n] -> [..., n], in place
 
 def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
     n_embd = x.shape[-1]
-    x = x - np.vecdot(x, full(n_embd, 1 / n_embd))[..., None]  # the mean
-    x *= g / np.sqrt(np.vecdot(x, x) / n_embd + eps)[..., None]  # the root of the variance
+    x = x - np.vecdot(x, full(n_embd, 1 / n_embd), keepdims=True)  # the mean
+    x *= g / np.sqrt(np.vecdot(x, x, keepdims=True) / n_embd + eps)  # the root of the variance
     x += b
     return x
 
@@ -111,7 +111,7 @@ def attend_block(q, k, v, padding):  # as attend
     scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     out = matmul_heads(scores, v)
-    out /= np.vecdot(scores, full(scores.shape[-1], 1))[..., None]  # their sum
+    out /= np.vecdot(scores, full(scores.shape[-1], 1), keepdims=True)  # their sum
     return out
 
 
