@@ -26,7 +26,7 @@ from threads import forks
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
 N_QUERIES = 96  # attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
-N_SCORES = 1 << 18  # of them at once, of several heads: few calls, since threads wait for each other to make one
+N_SCORES = 1 << 18  # at once, 1 MB, of as many heads: few calls, since each waits for the interpreter's lock
 N_SCORED = 256  # rows of logits that `score` has at once
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
 N_GELU = 1 << 16  # numbers at once, so that the passes over them stay within the cache
