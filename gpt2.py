@@ -20,6 +20,7 @@ import numpy as np
 import cli
 from kv_cache import MASKED, KVCache
 from matmul import MAX_FEW_ROWS, matmul, matmul_heads, products_for
+from memory import keep_freed_memory
 from parts import can_share, in_parts
 from sampling import NEAR_TIE, Sampler, check, for_text, greedy, is_whole, log_softmax, margin
 from threads import forks
@@ -186,6 +187,7 @@ class Model:
         self.params = params
         self.n_scored = n_scored
         self.is_draft = is_draft
+        keep_freed_memory()
         # What the ways to multiply are timed with: two layers, and as large a share of the vocabulary.
         blocks = params["blocks"][:2]
         wte = params["wte"][: -(-len(params["wte"]) * len(blocks) // len(params["blocks"]))]
