@@ -378,6 +378,17 @@ def test_json_is_one_object_on_stderr():
     assert 0 < summary["acceptance_rate"] <= 1 and summary["tokens_per_target_pass"] == round(60 / summary["rounds"], 3)
 
 
+def test_blas_has_one_thread_beside_small_models():
+    code = """if True:
+        import sys, speculative, threadpoolctl
+        speculative.main("a", draft_model_size="nano", target_model_size="tiny", n_tokens_to_generate=3)
+        blas = [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+        print(*blas, file=sys.stderr)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and set(done.stderr.split()) <= {"1"}
+
+
 def test_stats_name_every_figure():
     done = run(*PAIR, "ROMEO:", "--stats")
     for name in (
