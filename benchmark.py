@@ -51,14 +51,14 @@ def decode(model_size: str = "random:124M", models_dir: str = "models", *, n_tim
     peers = installed_peers(model)
     n_steps = {name: peer.n_steps for name, peer in peers.items()}
     weight_bytes = n_bytes(model.params)
+    ids = random_ids(model, model.hparams["n_ctx"])
     rows = []
     for position in (10, model.hparams["n_ctx"] * 900 // 1024):
-        ids = random_ids(model, model.hparams["n_ctx"])
         cache = model.new_cache()
         model.forward([ids[:position]], cache)
         logits = {}
 
-        def steps(position=position, ids=ids, cache=cache, logits=logits):
+        def steps(position=position, cache=cache, logits=logits):
             cache.length = position
             new = [model.forward([[i]], cache)[0, 0] for i in ids[position : position + N_STEPS]]
             logits["this program"] = new[0]

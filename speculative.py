@@ -34,7 +34,7 @@ from matmul import is_large
 from sampling import Sampler, check, for_text, greedy, is_whole, make_sampler, margin
 from stats import peak_memory_gb
 from stopping import check_overflow, check_stops, step_of, text_until_end
-from threads import blas_controller
+from threads import blas_controller, blas_on_one_thread
 from utils import load_encoder_hparams_and_params
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def main(
     if not is_large(target.sample) and blas_controller():
         # BLAS's threads save nothing on a model this small, and cost milliseconds where Linux puts one on the core of
         # the thread that waits for it: 200 tokens of `tiny` with `nano` took 0.12 to 0.17 s instead of 0.10.
-        blas_controller().limit(limits=1)
+        blas_on_one_thread()
     prompt_ids = encoder.encode_prompt(prompt)
     tokens, ticks = list(prompt_ids), [time.perf_counter()]
 
