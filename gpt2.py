@@ -10,26 +10,24 @@ if __name__ == "__main__":
 
     interrupts.end_quietly()  # before the other imports, which take most of a short run
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
 
 import cli
+from fast import Passes, few_row_scores
 from kv_cache import MASKED, KVCache
-from matmul import MAX_FEW_ROWS, matmul, matmul_heads, products_for
-from memory import keep_freed_memory
-from parts import can_share, in_parts
 from sampling import NEAR_TIE, Sampler, check, for_text, greedy, is_whole, log_softmax, margin
-from threads import forks
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
-N_QUERIES = 96  # attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
+N_FEW = 16  # queries that are attended at once, whatever the number of keys
+N_QUERIES = 96  # of more, attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
 N_SCORES = 1 << 18  # at once, 1 MB, of as many heads: few calls, since each waits for the interpreter's lock
 N_SCORED = 256  # rows of logits that `score` has at once
-PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
 N_GELU = 1 << 16  # numbers at once, so that the passes over them stay within the cache
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,7 +72,7 @@ def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
 
 
 def linear(x, w, b):  # [..., n_in] -> [..., n_out]
-    y = matmul(x, w)
+    y = x @ w
     y += b
     return y
 
@@ -91,7 +89,7 @@ def attend(q, k, v, padding=None):
     `padding`, float32[n_batch, 1, 1, n_seq], is added to the scores: MASKED for keys that are padding.
     """
     n_rows = q.shape[-2]
-    if n_rows <= MAX_FEW_ROWS:
+    if n_rows <= N_FEW:
         return attend_block(q, k, v, padding)
     (n_batch, n_head), n_past = q.shape[:2], k.shape[-2] - n_rows
     out = np.empty_like(q)
@@ -111,14 +109,14 @@ def attend_block(q, k, v, padding):  # as attend
     # softmax(scores) @ v, the division by the sum last, where there is less to divide
     scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
-    out = matmul_heads(scores, v)
+    out = scores @ v
     out /= np.vecdot(scores, full(scores.shape[-1], 1), keepdims=True)  # their sum
     return out
 
 
 def attention_scores(q, k, padding):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [..., n_rows, n_seq]
     n_rows, d_head = q.shape[-2:]
-    scores = matmul_heads(q * d_head**-0.5, k.swapaxes(-1, -2))
+    scores = few_row_scores(q * d_head**-0.5, k)
     if n_rows > 1:
         scores[..., -n_rows:] += causal_mask(n_rows)
     if padding is not None:
@@ -126,36 +124,39 @@ def attention_scores(q, k, padding):  # [..., n_rows, d_head], [..., n_seq, d_he
     return scores
 
 
-def attention(x, cache, layer, n_head, n_rows, c_attn, c_proj):
-    # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]
-    n_batch, n_new, n_embd = x.shape
-    qkv = linear(x, **c_attn).reshape(n_batch, n_new, 3, n_head, n_embd // n_head).transpose(2, 0, 3, 1, 4)
+def attention(x, cache, layer, n_rows, c_attn, c_proj):  # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]
+    """Of the heads that the weights and the cache are of: all, or a share of them. Heads know nothing of each other."""
+    n_batch, n_new, _ = x.shape
+    qkv = linear(x, **c_attn).reshape(n_batch, n_new, 3, cache.n_head, cache.d_head).transpose(2, 0, 3, 1, 4)
     k, v = cache.append(layer, qkv)  # of the past too: each [n_batch, n_head, n_seq, d_head]
     heads = attend(qkv[0, :, :, n_new - n_rows :], k, v, cache.padding(k.shape[2]))
-    return linear(heads.swapaxes(1, 2).reshape(n_batch, n_rows, n_embd), **c_proj)
+    return linear(heads.swapaxes(1, 2).reshape(n_batch, n_rows, -1), **c_proj)
 
 
-def feed_forward(x, c_fc, c_proj):  # [..., n_embd] -> [..., n_embd]
+def feed_forward(x, c_fc, c_proj):  # [..., n_embd] -> [..., n_embd], of all hidden units or a share of them
     return linear(gelu(linear(x, **c_fc)), **c_proj)
 
 
-def transformer_block(x, cache, layer, n_head, n_rows, attn, ln_1, ln_2, mlp):
+def transformer_block(x, cache, layer, n_rows, total, attn, ln_1, ln_2, mlp):
     # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]: keys and values of all, the rest of the last rows only
-    x = x[:, x.shape[1] - n_rows :] + attention(layer_norm(x, **ln_1), cache, layer, n_head, n_rows, **attn)
-    x += feed_forward(layer_norm(x, **ln_2), **mlp)
+    x = x[:, x.shape[1] - n_rows :] + total(attention(layer_norm(x, **ln_1), cache, layer, n_rows, **attn))
+    x += total(feed_forward(layer_norm(x, **ln_2), **mlp))
     return x
 
 
-def gpt2(tokens, cache, n_last, n_head, n_scored, wte, wpe, blocks, ln_f):
-    # int[n_batch, n_new] -> [n_batch, n_last, n_scored]
+def gpt2(tokens, cache, n_last, wte, wpe, blocks, ln_f, lm_head=None, total=lambda x: x):
+    # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
+    """The model. What a layer adds to x is a sum over its heads and over its hidden units, so several threads can each
+    compute a share of them; `total` then adds up what all have. `lm_head` is wte.T, or a share of its columns.
+    """
     n_new = tokens.shape[1]
     x = embed(tokens, cache.positions(n_new), wte, wpe)
     for i, params in enumerate(blocks):
         cache.note(x)
         n_rows = n_last if i == len(blocks) - 1 else n_new  # later blocks need every row, the output only the last
-        x = transformer_block(x, cache, i, n_head, n_rows, **params)
+        x = transformer_block(x, cache, i, n_rows, total, **params)
     cache.note(x)
-    return matmul(layer_norm(x, **ln_f), wte[:n_scored].T)
+    return layer_norm(x, **ln_f) @ (wte.T if lm_head is None else lm_head)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,22 +177,18 @@ def bad_weights(params, name: str = "") -> list[str]:
 
 
 class Model:
-    """The weights and what they are: hparams (n_vocab, n_ctx, n_embd, n_head, n_layer) and nested params.
+    """The weights and what they are: hparams (n_vocab, n_ctx, n_embd, n_head, n_layer) and nested params."""
 
-    `n_scored`: give logits of the first so many ids only. GPT-2's ids are in the order of merging, so frequent
-    tokens come first, and a draft may leave out the rest. `is_draft`: its steps alternate with another model's.
-    """
-
-    def __init__(self, hparams: dict, params: dict, n_scored: int | None = None, is_draft: bool = False):
+    def __init__(self, hparams: dict, params: dict):
         self.hparams = hparams
         self.params = params
-        self.n_scored = n_scored
-        self.is_draft = is_draft
-        keep_freed_memory()
-        # What the ways to multiply are timed with: two layers, and as large a share of the vocabulary.
-        blocks = params["blocks"][:2]
-        wte = params["wte"][: -(-len(params["wte"]) * len(blocks) // len(params["blocks"]))]
-        self.sample = [block[part][name]["w"] for block in blocks for part, name in PRODUCTS] + [wte.T]
+        self.passes = Passes(hparams, params)
+
+    def as_draft(self) -> "Model":
+        """The same model, for steps that alternate with those of another."""
+        draft = copy.copy(self)
+        draft.passes = self.passes.beside_others()
+        return draft
 
     def new_cache(self, n_batch: int = 1, n_seq: int | None = None) -> KVCache:
         """Room for the whole context, or for n_seq tokens if that is less: large memory takes time to be had."""
@@ -219,13 +216,7 @@ class Model:
             raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {n_vocab - 1}")
         if cache.length + n_new > n_ctx:
             raise ValueError(f"{cache.length} tokens and {n_new} more exceed the context of {n_ctx}; feed fewer")
-        forward = partial(gpt2, n_head=self.hparams["n_head"], n_scored=self.n_scored, **self.params)
-        with forks.held_off(), np.errstate(invalid="ignore", over="ignore"):  # what comes of it is found below
-            if can_share(n_new, cache, self.sample):
-                logits = in_parts(forward, tokens, cache, n_last, self.hparams["n_embd"])
-            else:
-                with products_for(n_batch * n_new, self.sample, self.is_draft):
-                    logits = forward(tokens, cache, n_last)
+        logits = self.passes(gpt2, tokens, cache, n_last)
         if not np.isfinite(logits).all():
             causes = "; ".join(bad_weights(self.params)) or "finite weights, so sums overflow"
             raise ValueError(f"{describe_bad(logits)} among the logits: {causes}; utils.py verify checks a model")

@@ -22,7 +22,7 @@ class Trace(KVCache):
     float32[n_batch, n_head, n_new, n_seq], each row a distribution over the tokens up to its own.
     """
 
-    in_parts = False
+    is_divisible = False
 
     def __init__(self, cache: KVCache):
         super().__init__(cache.kv, cache.length, cache.n_pad)

@@ -14,7 +14,7 @@ class KVCache:
     tokens only fill it up to the length of the longest, and are never seen.
     """
 
-    in_parts = True  # long prompts may pass through it in several threads
+    is_divisible = True  # its heads, or the rows of a long prompt, may be computed in several threads
 
     def __init__(self, kv: np.ndarray, length: int = 0, n_pad: Sequence[int] = ()):
         self.kv = kv
@@ -24,6 +24,14 @@ class KVCache:
     @property
     def n_batch(self) -> int:
         return self.kv.shape[2]
+
+    @property
+    def n_head(self) -> int:
+        return self.kv.shape[3]
+
+    @property
+    def d_head(self) -> int:
+        return self.kv.shape[5]
 
     @property
     def n_ctx(self) -> int:

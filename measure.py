@@ -10,11 +10,12 @@ from collections.abc import Callable
 import numpy as np
 
 import gpt2
-import matmul
-from threads import team
+from fast import PRODUCTS
+from fast.threads import n_threads
 from utils import expected_shapes, load_encoder_hparams_and_params, nest_params
 
 FOLDER = "benchmarks"
+SETTLE_S = 0.12  # for so long after a product BLAS's own threads go on spinning, and take the cores
 SHAPES = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
 
 
@@ -46,7 +47,7 @@ def in_turn(actions: dict[str, Callable[[], object]], n_times: int) -> dict[str,
     times: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(n_times + 1):
         for name, action in actions.items():
-            time.sleep(matmul.SETTLE_S if len(actions) > 1 else 0)  # or the threads of one disturb the next
+            time.sleep(SETTLE_S if len(actions) > 1 else 0)  # or the threads of one disturb the next
             action()  # brings its weights and threads back
             started = time.perf_counter()
             action()
@@ -63,7 +64,7 @@ def milliseconds(times: np.ndarray) -> dict[str, float]:
 def stream(model: gpt2.Model, n_times: int = 1) -> Callable[[], None]:
     """One-row `x @ w` with every matrix that a step reads, n_times: what streaming the weights takes at least."""
     blocks = model.params["blocks"]
-    weights = [block[part][name]["w"] for block in blocks for part, name in gpt2.PRODUCTS] + [model.params["wte"].T]
+    weights = [block[part][name]["w"] for block in blocks for part, name in PRODUCTS] + [model.params["wte"].T]
     pairs = [(np.ones((1, w.shape[0]), np.float32), w) for w in weights]
 
     def run():
@@ -80,7 +81,7 @@ def machine() -> dict[str, str]:
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
             processor = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), processor)
-    facts = {"processor": processor, "threads": str(team.n_threads)}
+    facts = {"processor": processor, "threads": str(n_threads)}
     try:
         import threadpoolctl  # says which kernels OpenBLAS took; nothing else here needs it
 

@@ -30,11 +30,9 @@ import cli
 from adaptive import Adaptive, common_length
 from cli import read_prompt
 from gpt2 import Drafter, Model, check_n_tokens, generate
-from matmul import is_large
 from sampling import Sampler, check, for_text, greedy, is_whole, make_sampler, margin
 from stats import peak_memory_gb
 from stopping import check_overflow, check_stops, step_of, text_until_end
-from threads import blas_controller, blas_on_one_thread
 from utils import load_encoder_hparams_and_params
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -47,18 +45,10 @@ class DraftModel:
 
     `n_draft`: guesses a round, at most. `sample`: the target's sampler, so that both see the same noise.
     `min_confidence`: guessing stops after a token to which the draft itself gives a lower probability.
-    `n_scored`: consider the first so many ids only; see Model.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        n_draft: int,
-        sample: Sampler = greedy,
-        min_confidence: float = 0.0,
-        n_scored: int | None = None,
-    ):
-        self.model = Model(model.hparams, model.params, n_scored, is_draft=True)
+    def __init__(self, model: Model, n_draft: int, sample: Sampler = greedy, min_confidence: float = 0.0):
+        self.model = model.as_draft()
         self.n_draft = n_draft
         self.sample = sample
         self.min_confidence = min_confidence
@@ -349,10 +339,6 @@ def main(
     prompt = read_prompt(prompt)
     encoder, target = load_model(target_model_size, models_dir)
     recorder = Recorder(make_drafter(drafter, draft_model_size, encoder, models_dir, n_draft, n_gram, sample))
-    if not is_large(target.sample) and blas_controller():
-        # BLAS's threads save nothing on a model this small, and cost milliseconds where Linux puts one on the core of
-        # the thread that waits for it: 200 tokens of `tiny` with `nano` took 0.12 to 0.17 s instead of 0.10.
-        blas_on_one_thread()
     prompt_ids = encoder.encode_prompt(prompt)
     tokens, ticks = list(prompt_ids), [time.perf_counter()]
 

@@ -1,0 +1,75 @@
+"""Everything that makes forward passes fast. The door: `Passes` computes them, `few_row_scores` and `Reversed` help.
+
+What is computed is in gpt2.py alone. Here is decided which thread computes what, and in what order weights lie.
+"""
+
+import copy
+
+import numpy as np
+
+from fast.memory import keep_freed_memory
+from fast.prompts import can_be_cut, in_parts
+from fast.shares import MAX_ROWS, PRODUCTS, Shares, in_shares
+from fast.threads import blas, forks
+
+MIN_SIZE = 1 << 19  # numbers in the smallest matrix; below, as in the embedded models, threads cost more than they save
+MAX_FLIPPED = 16
+
+
+class Flipped:
+    """x @ flipped is x @ w.T for a small w, which BLAS packs as the right factor, but not as the left one.
+
+    2 rows of `tiny` with its vocabulary take 23 us instead of 61, with AVX2 kernels 30 instead of 46.
+    """
+
+    __array_ufunc__ = None  # so that NumPy leaves x @ flipped to __rmatmul__
+
+    def __init__(self, w):  # [n_out, n_in]
+        self.w = w
+
+    def __rmatmul__(self, x):  # [..., n_in] -> [..., n_out]
+        rows = x.reshape(-1, x.shape[-1])
+        if not 1 < len(rows) <= MAX_FLIPPED:
+            return x @ self.w.T
+        return np.ascontiguousarray((self.w @ rows.T).T).reshape(*x.shape[:-1], -1)
+
+
+class Passes:
+    """How a model's passes are computed: whole, in parts of a long prompt, or in shares of the heads and hidden units."""
+
+    least_rows = 2  # of what is computed in shares; one row streams the weights as fast on BLAS's threads
+
+    def __init__(self, hparams: dict, params: dict):
+        keep_freed_memory()
+        self.params = params
+        sizes = [block[part][name]["w"].size for block in params["blocks"] for part, name in PRODUCTS]
+        self.is_large = min(sizes) >= MIN_SIZE
+        self.shares = Shares(hparams, params)
+
+    def beside_others(self) -> "Passes":
+        """The same, with BLAS's threads asleep after passes of one row too, so that another model's find the cores idle."""
+        passes = copy.copy(self)
+        passes.least_rows = 1
+        return passes
+
+    def __call__(self, gpt2, tokens, cache, n_last):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
+        """gpt2(tokens, cache, n_last, **params)"""
+        with forks.wait_for_pass(), np.errstate(invalid="ignore", over="ignore"):  # the caller looks at the logits
+            if not self.is_large:
+                with blas.held():
+                    return gpt2(tokens, cache, n_last, lm_head=Flipped(self.params["wte"]), **self.params)
+            if cache.is_divisible and blas.controller():
+                is_few = self.least_rows <= tokens.size <= MAX_ROWS
+                if is_few and self.shares.are_ready({tokens.size, n_last * len(tokens)}, cache):
+                    return in_shares(gpt2, tokens, cache, n_last, self.shares)
+                if can_be_cut(tokens.shape[1]):
+                    return in_parts(gpt2, tokens, cache, n_last, self.params)
+            return gpt2(tokens, cache, n_last, **self.params)
+
+
+def few_row_scores(q, k):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [..., n_rows, n_seq]
+    """q @ k.T; 2 to 8 rows one by one: with 900 keys, 137 us instead of 277 for 5 rows of 6 heads."""
+    k = k.swapaxes(-1, -2)
+    if 1 < q.shape[-2] <= 8:
+        return (q[..., None, :] @ k[..., None, :, :])[..., 0, :]
+    return q @ k

@@ -1,0 +1,121 @@
+"""Products of few rows at the speed of memory: weights copied once into panels that lie as they are read.
+
+A product of a few rows with columns of a row-major w reads short runs, a whole row apart, which the processor does not
+fetch ahead, or has BLAS copy ("pack") all of w first, which takes longer than the product. A panel [n_in, width] is
+read from front to back. Which way is fastest depends on BLAS's kernels and the number of rows, and is timed once:
+
+- together, panels 64 wide: OpenBLAS has an AVX-512 kernel that packs nothing, for up to 10^6 multiply-adds.
+- row by row, panels 32 wide: without such a kernel. The panel stays in the cache while the rows take their turns.
+- as it lies: for more rows, where what BLAS packs is used often enough.
+
+docs/performance.md has the measurements.
+"""
+
+import time
+from functools import lru_cache
+
+import numpy as np
+
+SMALL = 10**6 - 1  # multiply-adds up to which OpenBLAS uses its kernel for small matrices (its interface/gemm.c)
+
+
+class Packed:
+    """Some columns of a matrix, in panels: x @ packed is x @ w. `w` is a view, [n_groups, n_in, n_columns]."""
+
+    __array_ufunc__ = None  # so that NumPy leaves x @ packed to __rmatmul__
+
+    def __init__(self, w, panels, ways):  # panels: [n_groups, n_panels, n_in, width]; ways: by the number of rows
+        self.w, self.ways = w, ways
+        self.panels = panels.reshape(-1, *panels.shape[2:])
+        self.shape = w.shape[1], w.shape[0] * w.shape[2]
+
+    def __rmatmul__(self, x):  # [..., n_in] -> [..., n_groups * n_columns]
+        rows = x.reshape(-1, x.shape[-1])
+        return self.ways[len(rows)](rows, self).reshape(*x.shape[:-1], self.shape[1])
+
+    def columns(self, y):  # [n_rows, all columns of the panels] -> [n_rows, n_groups * n_columns]
+        if y.shape[1] == self.shape[1]:
+            return y
+        return y.reshape(len(y), len(self.w), -1)[..., : self.w.shape[2]].reshape(len(y), -1)
+
+
+def panels_shape(w, width):  # for [n_groups, n_in, n_columns]
+    return w.shape[0], -(-w.shape[2] // width), w.shape[1], width
+
+
+def pack(w, panels):  # [n_groups, n_in, n_columns] into [n_groups, n_panels, n_in, width], the last filled with zeros
+    (n_groups, n_in, n_columns), width = w.shape, panels.shape[3]
+    n_whole, n_rest = divmod(n_columns, width)
+    whole = w[..., : n_whole * width].reshape(n_groups, n_in, n_whole, width)
+    np.copyto(panels[:, :n_whole], whole.swapaxes(1, 2))
+    if n_rest:
+        panels[:, n_whole, :, :n_rest] = w[..., n_whole * width :]
+        panels[:, n_whole, :, n_rest:] = 0
+
+
+def seconds_to_pack(matrices, panels) -> float:
+    started = time.perf_counter()
+    for pair in zip(matrices, panels, strict=False):
+        pack(*pair)
+    return time.perf_counter() - started
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The ways
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def n_pieces(n_rows: int, n_in: int, width: int) -> int:
+    """Into how many pieces a panel's depth is cut so that each product is small: a divisor of n_in."""
+    return next(n for n in range(1, n_in + 1) if n_in % n == 0 and (n_rows * n_in * width // n <= SMALL or n == n_in))
+
+
+def together(x, packed):  # [n_rows, n_in] -> [n_rows, n_out]
+    if len(x) == 1:  # else NumPy takes the product of one row, which is slow with panels so wide
+        return together(np.concatenate([x, np.zeros_like(x)]), packed)[:1]
+    n_panels, n_in, width = packed.panels.shape
+    y = np.empty((len(x), n_panels * width), np.float32)
+    by_panel = y.reshape(len(x), n_panels, width).swapaxes(0, 1)
+    n_deep = n_pieces(len(x), n_in, width)
+    if n_deep == 1:
+        np.matmul(x, packed.panels, out=by_panel)
+    else:
+        x_pieces = x.reshape(len(x), n_deep, -1).swapaxes(0, 1)
+        np.add.reduce(x_pieces @ packed.panels.reshape(n_panels, n_deep, -1, width), axis=1, out=by_panel)
+    return packed.columns(y)
+
+
+def row_by_row(x, packed):  # as together
+    n_panels, _, width = packed.panels.shape
+    y = np.empty((len(x), n_panels, 1, width), np.float32)
+    np.matmul(x[:, None], packed.panels[:, None], out=y.swapaxes(0, 1))
+    return packed.columns(y.reshape(len(x), -1))
+
+
+def as_it_lies(x, packed):  # as together
+    y = x @ packed.w
+    return y[0] if len(y) == 1 else y.swapaxes(0, 1).reshape(len(x), -1)
+
+
+WIDTHS = {together: 64, row_by_row: 32}
+WAYS = (together, row_by_row, as_it_lies)
+N_TIMINGS = 3
+
+
+def seconds(way, n_rows: int, matrices: list[Packed]) -> float:
+    """The least time of a product of n_rows rows with each of the matrices."""
+    pairs, times = [(np.ones((n_rows, packed.shape[0]), np.float32), packed) for packed in matrices], []
+    for _ in range(N_TIMINGS):
+        started = time.perf_counter()
+        for x, packed in pairs:
+            way(x, packed)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def seconds_in_panels(way, n_rows: int, w) -> float:
+    """The same for one matrix, in new panels as wide as suits this way."""
+    panels = np.empty(panels_shape(w, WIDTHS[way]), np.float32)
+    pack(w, panels)
+    return seconds(way, n_rows, [Packed(w, panels, {})])

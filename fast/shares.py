@@ -1,0 +1,159 @@
+"""A step of few rows, each thread computing whole layers for its own heads and its own hidden units.
+
+A head's output goes through its own rows of attn/c_proj, a hidden unit's through its own row of mlp/c_proj, and the sum
+over all of them is the layer's output (Shoeybi et al. 2019, Megatron-LM, figure 3). So the threads meet twice a layer,
+to add up, and nothing else passes between them. Each has its share of the weights in panels (panels.py).
+"""
+
+import math
+import threading
+import time
+from functools import partial
+from itertools import pairwise
+from queue import SimpleQueue
+
+import numpy as np
+
+from fast.memory import available_bytes
+from fast.panels import WAYS, WIDTHS, Packed, panels_shape, seconds, seconds_in_panels, seconds_to_pack
+from fast.threads import Stopped, n_threads, run
+
+MAX_ROWS = 64
+N_ROWS_OF_WIDTH = 5  # the width of the panels is what suits so many rows best
+TRIAL_BYTES = 1 << 27  # packed first, to see how long it takes: more than caches hold
+MIN_GAIN = 0.5  # steps of one row that packed weights save for each token, at least
+
+PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
+
+
+class Meeting:
+    """Where the threads of one pass add up."""
+
+    def __init__(self, n: int):
+        self.boxes = [[SimpleQueue() for _ in range(n)] for _ in range(n)]  # [to][from]
+
+    def total(self, me, x):  # [...] -> [...], the sum over all threads, the same in each
+        for thread, boxes in enumerate(self.boxes):
+            if thread != me:
+                boxes[me].put(x)
+        parts = [x if thread == me else box.get() for thread, box in enumerate(self.boxes[me])]
+        if any(part is None for part in parts):
+            raise Stopped
+        return sum(parts[1:], start=parts[0])
+
+    def stop(self) -> None:
+        for boxes in self.boxes:
+            for box in boxes:
+                box.put(None)
+
+
+def cut(n: int, n_parts: int, size: int) -> list[slice]:
+    """range(n) in n_parts as equal as can be, each but the last of whole `size`s."""
+    edges = [min(n, round(n * i / n_parts / size) * size) for i in range(n_parts)]
+    return [slice(*edge) for edge in pairwise([*edges, n])]
+
+
+class Shares:
+    """A model's weights in shares, one for each thread, in panels once that pays."""
+
+    def __init__(self, hparams: dict, params: dict):
+        self.params = params
+        n_head, d_head = hparams["n_head"], hparams["n_embd"] // hparams["n_head"]
+        n = min(n_threads, n_head)
+        self.heads = cut(n_head, n, 1)
+        self.columns = [slice(heads.start * d_head, heads.stop * d_head) for heads in self.heads]
+        self.units = cut(params["blocks"][0]["mlp"]["c_fc"]["w"].shape[1], n, 64)
+        self.ids = cut(len(params["wte"]), n, 64)
+        self.packed: list[list[Packed]] = []  # by share, what matrices() names; none until that pays
+        self.params_of: list[dict] = []  # by share, as of a whole model
+        self.ways: dict = {}  # by the number of rows
+        self.lock = threading.Lock()
+        self.steps_to_pack = 0.0  # what packing takes, in steps of one row, as far as is known
+        self.report = "none, there were no steps of several rows"  # for --stats
+
+    def on_all(self, work) -> list:
+        """What work(i) returns, on the thread of each share i."""
+        return run([partial(work, i) for i in range(len(self.heads))])
+
+    def matrices(self, i: int) -> list[np.ndarray]:
+        """What share i multiplies with, views [n_groups, n_in, n_columns]: the four of each layer, then the output."""
+        heads, units, views = self.columns[i], self.units[i], []
+        for block in self.params["blocks"]:
+            c_attn, attn_proj, c_fc, mlp_proj = (block[part][name]["w"] for part, name in PRODUCTS)
+            views.append(c_attn.reshape(len(c_attn), 3, -1).swapaxes(0, 1)[..., heads])
+            views += [attn_proj[None, heads], c_fc[None, :, units], mlp_proj[None, units]]
+        return [*views, self.params["wte"][self.ids[i]].T[None]]
+
+    def share(self, i: int) -> dict:
+        """Params with the panels of share i. The first share adds the biases of what is summed up."""
+        blocks, w = [], iter(self.packed[i])
+        for block in self.params["blocks"]:
+            c_attn, attn_proj, c_fc, mlp_proj = (block[part][name]["b"] for part, name in PRODUCTS)
+            c_attn, c_fc = c_attn.reshape(3, -1)[:, self.columns[i]].ravel(), c_fc[self.units[i]]
+            if i:
+                attn_proj = mlp_proj = np.float32(0)
+            attn = {"c_attn": {"w": next(w), "b": c_attn}, "c_proj": {"w": next(w), "b": attn_proj}}
+            mlp = {"c_fc": {"w": next(w), "b": c_fc}, "c_proj": {"w": next(w), "b": mlp_proj}}
+            blocks.append(block | {"attn": attn, "mlp": mlp})
+        return self.params | {"blocks": blocks, "lm_head": next(w)}
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Packing
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def are_ready(self, row_counts: set[int], cache) -> bool:
+        """Whether a pass can go in shares. Packs the weights if that pays for what the cache has room for.
+
+        Not before the first tokens, which would come later for it.
+        """
+        n_left = cache.n_ctx - cache.length
+        if not self.params_of and cache.length and self.steps_to_pack <= MIN_GAIN * n_left:
+            with self.lock: self.pack(n_left)  # fmt: skip  # noqa: E701  # one line: see Blas.held
+        if self.params_of:
+            for n_rows in row_counts - self.ways.keys():
+                self.ways[n_rows] = self.fastest(WAYS, lambda way, i: seconds(way, n_rows, self.packed[i][:4]))
+        return bool(self.params_of)
+
+    def fastest(self, ways, seconds):
+        """Of `ways` the one with the least seconds(way, i) over all shares i."""
+        times = [sum(self.on_all(partial(seconds, way))) for way in ways]
+        return ways[times.index(min(times))]
+
+    def pack(self, n_left: int) -> None:
+        if self.params_of:  # by another thread meanwhile
+            return
+        started, n = time.perf_counter(), len(self.heads)
+        views = [self.matrices(i) for i in range(n)]
+        way = self.fastest(tuple(WIDTHS), lambda way, i: seconds_in_panels(way, N_ROWS_OF_WIDTH, views[i][2]))
+        shapes = [[panels_shape(w, WIDTHS[way]) for w in share] for share in views]
+        sizes = [math.prod(shape) for share in shapes for shape in share]
+        n_bytes, available = 4 * sum(sizes), available_bytes()
+        if available < 2 * n_bytes:  # the weights as they lie want room too, or the system drops them
+            self.steps_to_pack = math.inf
+            self.report = f"none, {n_bytes / 1e9:.1f} GB more do not fit in {available / 1e9:.1f} GB beside the weights"
+            return
+        memory = iter(np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)))  # in one piece: large pages
+        panels = [[next(memory).reshape(shape) for shape in share] for share in shapes]
+        n_trial = 4 * math.ceil(TRIAL_BYTES / sum(p.nbytes for share in panels for p in share[:4]))
+        trial = [[Packed(*pair, {}) for pair in zip(views[i], panels[i], strict=True)][:n_trial] for i in range(n)]
+        packing = max(self.on_all(lambda i: seconds_to_pack(views[i][:n_trial], panels[i])))
+        self.steps_to_pack = packing / max(self.on_all(lambda i: seconds(way, 1, trial[i])))
+        if self.steps_to_pack > MIN_GAIN * n_left:
+            self.report = f"none, they take {self.steps_to_pack:.0f} steps to pack and {n_left} tokens were to come"
+            return
+        self.on_all(lambda i: seconds_to_pack(views[i][n_trial:], panels[i][n_trial:]))
+        self.packed = [[Packed(*pair, self.ways) for pair in zip(views[i], panels[i], strict=True)] for i in range(n)]
+        self.params_of = [self.share(i) for i in range(n)]
+        self.report = f"{n_bytes / 1e9:.3f} GB, packed in {time.perf_counter() - started:.3f} s"
+
+
+def in_shares(gpt2, tokens, cache, n_last, shares: Shares):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
+    """gpt2(tokens, cache, n_last), its heads, hidden units and logits shared out."""
+    meeting = Meeting(len(shares.heads))
+
+    def work(i):
+        heads = type(cache)(cache.kv[:, :, :, shares.heads[i]], cache.length, cache.n_pad)
+        return gpt2(tokens, heads, n_last, total=partial(meeting.total, i), **shares.params_of[i])
+
+    logits = run([partial(work, i) for i in range(len(shares.heads))], meeting.stop)
+    return np.concatenate(logits, axis=-1)
