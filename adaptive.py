@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,14 +23,22 @@ class Adaptive:
     A round with n guesses, each right with probability p, makes (1 - p^(n+1)) / (1 - p) tokens on average and costs the
     drafter's time and a pass of the target over n + 1 rows. The n with the most tokens a second is asked for, 0 if none
     beats plain decoding; then a guess is tried again from time to time, since texts change.
+
+    `pays`: whether checking guesses can pay at all with so many tokens to come (Model.checks_pay).
     """
 
     MEMORY = 0.95  # of p, a round
     N_TRIALS = 2  # rounds with guesses that are timed before their number is chosen
     RETRY = 16  # rounds without a guess before one is tried again; twice as many after each try that fails
 
-    def __init__(self, drafter: Drafter, n_max: int = 10, clock=time.perf_counter):
-        self.drafter, self.n_max, self.clock = drafter, n_max, clock
+    def __init__(
+        self,
+        drafter: Drafter,
+        n_max: int = 10,
+        pays: Callable[[int], bool] = lambda n_left: True,
+        clock=time.perf_counter,
+    ):
+        self.drafter, self.n_max, self.pays, self.clock = drafter, n_max, pays, clock
         self.n_right, self.n_wrong = 1.0, 1.0  # as if two guesses had been checked
         self.round_seconds: dict[int, Recent] = {}  # by the number of guesses
         self.n_wanted = 0
@@ -44,10 +53,10 @@ class Adaptive:
         is_first = not self.n_before or len(tokens) <= self.n_before
         if not is_first:
             self.learn(tokens, now - self.asked)
-        n = self.n_wanted
+        n = self.n_wanted if self.pays(n_max) else 0
         if n:
             self.n_retry = self.RETRY
-        elif self.n_idle == self.n_retry:
+        elif self.n_idle >= self.n_retry and self.pays(n_max):
             n, self.n_retry = 1, 2 * self.n_retry
         self.n_idle = 0 if n else self.n_idle + 1
         self.guesses = self.drafter(tokens, min(n, n_max)) if n and not is_first else []

@@ -19,7 +19,6 @@ import numpy as np
 
 import cli
 import gpt2
-import matmul
 import speculative
 from adaptive import Adaptive
 from endurance import endurance
@@ -106,44 +105,97 @@ def prefill(model_size: str = "random:124M", models_dir: str = "models", *, n_to
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def rows(model_size: str = "random:124M", models_dir: str = "models", *, n_times=9):
-    """A step of 1 to 16 rows, as the program does it and with plain products throughout."""
+COUNTS = (1, 2, 3, 4, 5, 6, 8, 16, 32, 64)
+N_DRAFTED = 4  # steps of a draft before a check
+
+
+def rows(
+    model_size: str = "random:124M",
+    models_dir: str = "models",
+    *,
+    draft_model_size: str = "random:124M",
+    position=10,
+    n_times=9,
+):
+    """A step of 1 to 64 rows: again and again, after steps of a draft, and with plain products."""
     model = load_model(model_size, models_dir)
-    cache = model.new_cache()
-    model.forward([random_ids(model, 10)], cache)
-    counts = (1, 2, 4, 5, 8, 16)
-    ways = {}
+    draft = (model if draft_model_size == model_size else load_model(draft_model_size, models_dir)).as_draft()
+    ids = random_ids(model, position + max(COUNTS))
+    kept, drafted = model.new_cache(), draft.new_cache()
+    model.forward([ids[:position]], kept)
+    draft.forward([ids[:1]], drafted)
+    for each in (model, draft):
+        each.passes.pack()
 
-    def step(n, plain):
-        def run():
-            few, matmul.MAX_FEW_ROWS = matmul.MAX_FEW_ROWS, 1 if plain else matmul.MAX_FEW_ROWS
-            model.forward([random_ids(model, n)], cache, n_last=n)
-            matmul.MAX_FEW_ROWS = few
-            cache.length = 10
+    def step(n, forward=model.forward):
+        kept.length = position
+        forward(np.array([ids[position : position + n]]), kept, n_last=n)
 
-        return run
+    def after_draft(n):
+        for i in ids[:N_DRAFTED]:
+            drafted.length = 1
+            draft.forward([[i]], drafted)
+        started = time.perf_counter()
+        step(n)
+        return time.perf_counter() - started
 
-    for n in counts:
-        step(n, False)()
-        ways[n] = matmul.fastest_way(n, model.sample)
-    actions = {"stream": stream(model)} | {(n, plain): step(n, plain) for n in counts for plain in (False, True)}
+    plain = partial(step, forward=partial(gpt2.gpt2, **model.params))
+    actions = {"stream": stream(model)}
+    for n in COUNTS:
+        actions |= {(n, kind.__name__): partial(kind, n) for kind in (step, after_draft)} | {
+            (n, "plain"): partial(plain, n)
+        }
     times = in_turn(actions, n_times)
-    base = np.median(times[1, False])
+    base = np.median(times[1, "step"])
     table = []
-    for n in counts:
-        plain = np.median(times[n, True])
-        row = {"rows": n} | milliseconds(times[n, False]) | {"ratio": round(np.median(times[n, False]) / base, 2)}
-        row |= {"plain_ms": round(plain * 1e3, 3), "plain_ratio": round(plain / base, 2)}
-        table.append(row | {"way": ways[n]})
+    for n in COUNTS:
+        row = {"rows": n} | milliseconds(times[n, "step"])
+        for column, kind in (("ratio", "step"), ("after_draft_ratio", "after_draft"), ("plain_ratio", "plain")):
+            row[column] = round(np.median(times[n, kind]) / base, 2)
+        table.append(row | {"way": model.passes.way(n)})
     table.append({"rows": "stream, 1"} | milliseconds(times["stream"]))
 
     def draw(axes):
-        axes.plot(counts, [row["ratio"] for row in table[:-1]], "o-", label="this program")
-        axes.plot(counts, [row["plain_ratio"] for row in table[:-1]], "s--", color="gray", label="x @ w")
+        for column, style, label in (
+            ("ratio", "o-", "this program"),
+            ("after_draft_ratio", "x:", "after steps of a draft"),
+            ("plain_ratio", "s--", "x @ w"),
+        ):
+            axes.plot(COUNTS, [row[column] for row in table[:-1]], style, label=label)
         axes.set(xlabel="rows", ylabel="times one row", ylim=0, title=f"{model_size}: a step of several rows")
         axes.legend(frameon=False)
 
     report("rows", table, draw)
+
+
+def batch(model_size: str = "random:124M", models_dir: str = "models", *, n_tokens=100, n_times=3):
+    """Tokens a second of 1 to 64 prompts of different lengths at once, and of one after another."""
+    model = load_model(model_size, models_dir)
+    model.passes.pack()
+    counts = (1, 2, 4, 8, 16, 32, 64)
+    prompts = [random_ids(model, 5 + 7 * i % 16) for i in range(max(counts))]
+    texts = {}
+
+    def together(n):
+        texts[n] = gpt2.generate_batch(model, prompts[:n], n_tokens)
+
+    def one_by_one():
+        texts["alone"] = [list(gpt2.generate(model, prompt, n_tokens)) for prompt in prompts[:4]]
+
+    times = in_turn({"alone": one_by_one} | {n: partial(together, n) for n in counts}, n_times, is_warm=True)
+    alone = 4 * n_tokens / times["alone"]
+    table = [{"prompts": "one by one", "tokens_per_s": round(float(np.median(alone)), 1), "times_one_by_one": 1.0}]
+    for n in counts:
+        rate = n * n_tokens / times[n]
+        row = {"prompts": n, "tokens_per_s": round(float(np.median(rate)), 1)}
+        row["times_one_by_one"] = round(float(np.median(rate / alone)), 2)
+        table.append(row | {"identical": texts[n][:4] == texts["alone"][:n]})
+
+    def draw(axes):
+        axes.plot(counts, [row["tokens_per_s"] for row in table[1:]], "o-")
+        axes.set(xlabel="prompts at once", ylabel="tokens/s", ylim=0, title=f"{model_size}: many prompts")
+
+    report("batch", table, draw)
 
 
 def cache(model_size: str = "tiny", models_dir: str = "models", *, n_points=24):
@@ -205,16 +257,16 @@ def components(model_size: str = "random:124M", models_dir: str = "models", *, n
 
         return run
 
-    originals = {name: getattr(gpt2, name) for name in ("embed", "layer_norm", "attend", "feed_forward", "matmul")}
-    products = {3 * n_embd: "QKV product", n_embd: "projection", model.hparams["n_vocab"]: "output product"}
+    originals = {name: getattr(gpt2, name) for name in ("embed", "layer_norm", "attend", "feed_forward", "linear")}
+    products = {3 * n_embd: "QKV product", n_embd: "projection"}
     table = []
     try:
         gpt2.embed = timed(lambda *_: "embedding", gpt2.embed)
         gpt2.layer_norm = timed(lambda *_: "layer norm", gpt2.layer_norm)
         gpt2.attend = timed(lambda *_: "attention", gpt2.attend)
         gpt2.feed_forward = timed(lambda *_: "MLP", gpt2.feed_forward)
-        gpt2.matmul = timed(
-            lambda x, w: products.get(w.shape[1], "in MLP") if x.shape[-1] == n_embd else "in MLP", gpt2.matmul
+        gpt2.linear = timed(
+            lambda x, w, b: products.get(w.shape[1], "in MLP") if x.shape[-1] == n_embd else "in MLP", gpt2.linear
         )
         for position in [max(1, n_ctx * i // 1024) for i in (1, 128, 256, 512, 768, 1000)]:
             kept = model.new_cache()
@@ -352,7 +404,7 @@ def load(model_size: str = "tiny", models_dir: str = "models", *, n_times=5):
 # ----------------------------------------------------------------------------------------------------------------------
 
 PUBLISHED_ACCEPTANCE = 0.73  # of 124M's guesses for 1558M: 40 tokens in about 13.6 passes at 4 guesses
-LENGTHS = (1, 2, 3, 4, 6, 10)
+LENGTHS = (1, 2, 3, 4, 5, 6, 10)
 
 
 def drafters(
@@ -390,75 +442,123 @@ def drafters(
     report("drafters", table, draw_bars(labelled, "label", f"{model_size} with {draft_model_size}: {n_tokens} tokens"))
 
 
+def expected_tokens(n):  # of a round with n guesses, each right with the published probability
+    return (1 - PUBLISHED_ACCEPTANCE ** (n + 1)) / (1 - PUBLISHED_ACCEPTANCE)
+
+
+class Simulation:
+    """Real passes of a target and a draft with random weights; guesses are right with the published probability."""
+
+    def __init__(self, target, draft, n_tokens):
+        self.target, self.draft = target, draft
+        self.prompt = random_ids(target, 10)
+        self.plain_ids, self.plain_seconds = self.timed(n_tokens)
+
+    def timed(self, n_tokens, drafter=None):
+        """(ids, seconds after the first, for which both ways take a pass over the prompt)"""
+        started, ids = 0.0, []
+        for i in gpt2.generate(self.target, self.prompt, n_tokens, draft=drafter):
+            started = started or time.perf_counter()
+            ids.append(i)
+        return ids, time.perf_counter() - started
+
+    def drafter(self, n, seed):
+        rng, text = np.random.default_rng(seed), self.prompt + self.plain_ids
+
+        def guess(logits, position):
+            right = text[position] if position < len(text) else 0
+            return right if rng.random() < PUBLISHED_ACCEPTANCE else (right + 1) % self.target.hparams["n_vocab"]
+
+        return DraftModel(self.draft, n, guess)
+
+    def rounds(self, n_tokens, drafter):
+        """(seconds of each round after the first, its guesses, whether the text is the plain one)"""
+        recorder = speculative.Recorder(drafter)
+        ticks = []
+
+        def ticking(tokens, n_max):
+            ticks.append(time.perf_counter())
+            return recorder(tokens, n_max)
+
+        ids, _ = self.timed(n_tokens, ticking)
+        seconds = np.diff([*ticks, time.perf_counter()])[1:]
+        guesses = np.array([len(guesses) for _, guesses in recorder.rounds[1:]])
+        return seconds, guesses, ids == self.plain_ids[:n_tokens]
+
+    def forget_panels(self):
+        for model in (self.target, self.draft):
+            model.passes = type(model.passes)(model.hparams, model.params)
+
+
 def acceptance(
     target_size: str = "random:1558M",
     draft_size: str = "random:124M",
     models_dir: str = "models",
     *,
-    n_tokens=40,
-    n_times=3,
+    n_tokens=200,
+    n_short=40,
+    n_times=5,
 ):
-    """Speed-up by acceptance and draft length at real shapes: real passes, guesses right with a set probability."""
-    target, draft = load_model(target_size, models_dir), load_model(draft_size, models_dir)
-    prompt = random_ids(target, 10)
-
-    def timed(drafter=None):
-        """(ids, seconds after the first, for which both ways take a pass over the prompt)"""
-        started, ids = 0.0, []
-        for i in gpt2.generate(target, prompt, n_tokens, draft=drafter):
-            started = started or time.perf_counter()
-            ids.append(i)
-        return ids, time.perf_counter() - started
-
-    plain_ids, _ = timed()
-    text = prompt + plain_ids
-
-    def speculate(n, seed):
-        """(seconds of a round, its tokens, whether the text is the plain one)"""
-        rng = np.random.default_rng(seed)
-
-        def guess(logits, position):
-            right = text[position] if position < len(text) else 0
-            return right if rng.random() < PUBLISHED_ACCEPTANCE else (right + 1) % target.hparams["n_vocab"]
-
-        recorder = speculative.Recorder(DraftModel(draft, n, guess))
-        ids, seconds = timed(recorder)
-        n_rounds = len(recorder.rounds) - 1
-        return seconds / n_rounds, (n_tokens - 1) / n_rounds, ids == plain_ids
-
-    for n in LENGTHS:
-        matmul.fastest_way(n + 1, target.sample)
-    plain_steps, runs = [], {n: [] for n in LENGTHS}
-    for turn in range(n_times):
-        plain_steps.append(timed()[1] / (n_tokens - 1))
+    """Speed-up at the published acceptance by draft length, and of whole texts with packing; real passes."""
+    simulation = Simulation(load_model(target_size, models_dir), load_model(draft_size, models_dir), n_tokens)
+    for model in (simulation.target, simulation.draft):
+        model.passes.pack()
+    plain_steps, rounds, whole, adaptive = [], {n: [] for n in LENGTHS}, {n_short: [], n_tokens: []}, []
+    identical = []
+    for turn in range(n_times + 1):  # the first brings memory and threads, and is not counted
+        plain_steps.append(simulation.timed(n_short)[1] / (n_short - 1))
         for n in LENGTHS:
-            runs[n].append(speculate(n, seed=100 * turn + n))
-    plain_step = float(np.median(plain_steps))
-    table = [{"guesses": 0, "seconds_a_round": round(plain_step, 4), "speedup": 1.0, "identical": True}]
+            seconds, guesses, same = simulation.rounds(n_short, simulation.drafter(n, 100 * turn + n))
+            rounds[n].append(float(np.median(seconds[guesses == n])))
+            identical.append(same)
+        drafter = Adaptive(simulation.drafter(speculative.MAX_DRAFT, turn), speculative.MAX_DRAFT)
+        seconds, guesses, same = simulation.rounds(n_tokens, drafter)
+        late = slice(len(seconds) // 2, None)
+        adaptive.append((seconds[late].sum(), expected_tokens(guesses[late]).sum(), guesses[late].mean()))
+        identical.append(same)
+        for n, times in whole.items():
+            simulation.forget_panels()
+            pays = simulation.target.checks_pay
+            drafter = Adaptive(simulation.drafter(speculative.MAX_DRAFT, turn), speculative.MAX_DRAFT, pays)
+            ids, seconds = simulation.timed(n, drafter)
+            times.append(seconds / (n - 1))
+            identical.append(ids == simulation.plain_ids[:n])
+        print(f"turn {turn} of {n_times}: {simulation.target.passes.report}", file=sys.stderr)
+    steps = np.array(plain_steps[1:])
+    table = [{"guesses": 0, "seconds_a_round": round(float(np.median(steps)), 4), "speedup": 1.0}]
+    cost = {}
+
+    def add(name, tokens, seconds):
+        speedup = np.array(tokens) * steps / np.array(seconds)
+        row = {"guesses": name, "seconds_a_round": round(float(np.median(seconds)), 4)}
+        row |= {"speedup": round(float(np.median(speedup)), 2)}
+        table.append(row | {"low": round(speedup.min(), 2), "high": round(speedup.max(), 2)})
+
     for n in LENGTHS:
-        seconds, tokens, identical = zip(*runs[n], strict=True)
-        expected = (1 - PUBLISHED_ACCEPTANCE ** (n + 1)) / (1 - PUBLISHED_ACCEPTANCE)
-        row = {"guesses": n, "seconds_a_round": round(float(np.median(seconds)), 4)}
-        row |= {"speedup": round(expected * plain_step / float(np.median(seconds)), 2)}
-        row |= {
-            "low": round(expected * plain_step / max(seconds), 2),
-            "high": round(expected * plain_step / min(seconds), 2),
-        }
-        row |= {"tokens_a_round": round(expected, 2), "tokens_that_came": round(float(np.mean(tokens)), 2)}
-        table.append(row | {"identical": all(identical)})
+        add(n, expected_tokens(n), rounds[n][1:])
+        cost[n] = float(np.median(rounds[n][1:] / steps))
+    late_seconds, late_tokens, late_guesses = (np.array(column)[1:] for column in zip(*adaptive, strict=True))
+    add(
+        f"adaptive, {np.median(late_guesses):.1f} late in {n_tokens} tokens",
+        late_tokens / late_seconds,
+        np.ones(n_times),
+    )
+    for n, times in whole.items():
+        add(f"a text of {n} tokens, packing included", 1, times[1:])
+    for row in table:
+        row["identical"] = all(identical)
 
     def draw(axes):
         shares = np.linspace(0.5, 0.95, 46)
-        cost = np.array([row["seconds_a_round"] for row in table[1:]]) / plain_step
         powers = np.array(LENGTHS)[:, None] + 1
-        speedups = (1 - shares**powers) / (1 - shares) / cost[:, None]
-        image = axes.imshow(speedups, aspect="auto", origin="lower", cmap="RdYlGn", vmin=0.3, vmax=2.5)
+        speedups = (1 - shares**powers) / (1 - shares) / np.array(list(cost.values()))[:, None]
+        image = axes.imshow(speedups, aspect="auto", origin="lower", cmap="RdYlGn", vmin=0.3, vmax=3)
         axes.set_yticks(range(len(LENGTHS)), LENGTHS)
         axes.set_xticks(range(0, 46, 5), [f"{share:.2f}" for share in shares[::5]])
         axes.axvline((PUBLISHED_ACCEPTANCE - 0.5) / 0.01, color="black", linestyle="--", linewidth=1)
         best = axes.twinx()
         best.plot(range(46), speedups.max(axis=0), color="black", label="at the best length")
-        best.set(ylabel="times plain decoding", ylim=(0, 4))
+        best.set(ylabel="times plain decoding", ylim=(0, 6))
         best.legend(frameon=False, loc="upper left")
         axes.set(xlabel="acceptance (dashed: published, 0.73)", ylabel="guesses a round")
         axes.set_title(f"{draft_size} for {target_size}: measured rounds, tokens by acceptance")
@@ -475,12 +575,12 @@ def speculation(models_dir: str = "models"):
 
 def all_tables(model_size: str = "random:124M", models_dir: str = "models"):
     """Every table, and one Markdown file of them all."""
-    for table in (decode, prefill, rows, components, ablation):
+    for table in (decode, prefill, rows, batch, components, ablation):
         table(model_size, models_dir)
     for table in (cache, load):
         table("tiny", models_dir)
     speculation(models_dir)
-    names = ("decode", "prefill", "rows", "components", "ablation", "cache", "load", "drafters", "acceptance")
+    names = ("decode", "prefill", "rows", "batch", "components", "ablation", "cache", "load", "drafters", "acceptance")
     with open(os.path.join(FOLDER, "all.md"), "w", encoding="utf-8") as f:
         for name in names:
             with open(os.path.join(FOLDER, f"{name}.md"), encoding="utf-8") as part:
@@ -488,7 +588,8 @@ def all_tables(model_size: str = "random:124M", models_dir: str = "models"):
 
 
 COMMANDS = {
-    table.__name__: table for table in (decode, prefill, rows, cache, components, ablation, load, drafters, acceptance)
+    table.__name__: table
+    for table in (decode, prefill, rows, batch, cache, components, ablation, load, drafters, acceptance)
 }
 COMMANDS |= {"speculative": speculation, "endurance": endurance, "all": all_tables}
 

@@ -130,7 +130,7 @@ def attention(x, cache, layer, n_rows, c_attn, c_proj):  # [n_batch, n_new, n_em
     qkv = linear(x, **c_attn).reshape(n_batch, n_new, 3, cache.n_head, cache.d_head).transpose(2, 0, 3, 1, 4)
     k, v = cache.append(layer, qkv)  # of the past too: each [n_batch, n_head, n_seq, d_head]
     heads = attend(qkv[0, :, :, n_new - n_rows :], k, v, cache.padding(k.shape[2]))
-    return linear(heads.swapaxes(1, 2).reshape(n_batch, n_rows, -1), **c_proj)
+    return linear(heads.swapaxes(1, 2).reshape(n_batch, n_rows, cache.n_head * cache.d_head), **c_proj)
 
 
 def feed_forward(x, c_fc, c_proj):  # [..., n_embd] -> [..., n_embd], of all hidden units or a share of them
@@ -189,6 +189,10 @@ class Model:
         draft = copy.copy(self)
         draft.passes = self.passes.beside_others()
         return draft
+
+    def checks_pay(self, n_left: int) -> bool:
+        """Whether passes of several rows can cost little more than those of one, with n_left tokens to come."""
+        return self.passes.few_rows_pay(n_left)
 
     def new_cache(self, n_batch: int = 1, n_seq: int | None = None) -> KVCache:
         """Room for the whole context, or for n_seq tokens if that is less: large memory takes time to be had."""

@@ -42,17 +42,22 @@ def random_ids(model: gpt2.Model, n: int) -> list[int]:
     return np.random.default_rng(1).integers(model.hparams["n_vocab"], size=n).tolist()
 
 
-def in_turn(actions: dict[str, Callable[[], object]], n_times: int) -> dict[str, np.ndarray]:
-    """Seconds of each action, all of them in turn n_times, after one turn that is not counted."""
+def in_turn(actions: dict, n_times: int, is_warm: bool = False) -> dict[str, np.ndarray]:
+    """Seconds of each action by its name, all of them in turn n_times, after one turn that is not counted.
+
+    An action that times only a part of what it does returns the seconds. `is_warm`: each is long enough to bring its
+    weights and threads back by itself.
+    """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(n_times + 1):
         for name, action in actions.items():
             time.sleep(SETTLE_S if len(actions) > 1 else 0)  # or the threads of one disturb the next
-            action()  # brings its weights and threads back
+            if not is_warm:
+                action()  # brings its weights and threads back
             started = time.perf_counter()
-            action()
+            seconds = action()
             if turn:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(time.perf_counter() - started if seconds is None else seconds)
     return {name: np.array(values) for name, values in times.items()}
 
 

@@ -221,7 +221,7 @@ def summarize(recorder: Recorder, tokens: list[int], n_prompt: int, ticks: list[
     }
     if n_new > 1:  # after the first token, which both ways take a pass over the prompt for
         summary["speedup_over_plain_steps"] = round((n_new - 1) * plain / (ticks[-1] - ticks[1]), 3)
-    return summary | {"peak_memory_gb": round(peak_memory_gb() or 0, 3)}
+    return summary | {"weights_in_panels": target.passes.report, "peak_memory_gb": round(peak_memory_gb() or 0, 3)}
 
 
 def painted(texts: Iterator[str], recorder: Recorder, tokens: list[int]) -> Iterator[str]:
@@ -244,7 +244,7 @@ def load_model(model_size: str, models_dir: str):
     return encoder, Model(hparams, params)
 
 
-def make_drafter(drafter, draft_model_size, target_encoder, models_dir, n_draft, n_gram, sample) -> Drafter:
+def make_drafter(drafter, draft_model_size, target, target_encoder, models_dir, n_draft, n_gram, sample) -> Drafter:
     """The drafter of the flags, its length adaptive unless `n_draft` fixes it."""
     longest, confidence = (MAX_DRAFT, MIN_CONFIDENCE) if n_draft is None else (n_draft, 0.0)
     drafters = []
@@ -258,7 +258,7 @@ def make_drafter(drafter, draft_model_size, target_encoder, models_dir, n_draft,
             )
         drafters.append(DraftModel(draft, longest, sample, confidence))
     chosen = drafters[0] if len(drafters) == 1 else FirstOf(*drafters)
-    return Adaptive(chosen, MAX_DRAFT) if n_draft is None else chosen
+    return Adaptive(chosen, MAX_DRAFT, target.checks_pay) if n_draft is None else chosen
 
 
 def compare_with_plain(complete, sample, ids, seconds) -> None:
@@ -338,7 +338,7 @@ def main(
     sample = make_sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     prompt = read_prompt(prompt)
     encoder, target = load_model(target_model_size, models_dir)
-    recorder = Recorder(make_drafter(drafter, draft_model_size, encoder, models_dir, n_draft, n_gram, sample))
+    recorder = Recorder(make_drafter(drafter, draft_model_size, target, encoder, models_dir, n_draft, n_gram, sample))
     prompt_ids = encoder.encode_prompt(prompt)
     tokens, ticks = list(prompt_ids), [time.perf_counter()]
 

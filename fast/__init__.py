@@ -4,6 +4,7 @@ What is computed is in gpt2.py alone. Here is decided which thread computes what
 """
 
 import copy
+import sys
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class Flipped:
 
 
 class Passes:
-    """How a model's passes are computed: whole, in parts of a long prompt, or in shares of the heads and hidden units."""
+    """How a model's passes are computed: whole, in parts of a prompt, or in shares of the heads and hidden units."""
 
     least_rows = 2  # of what is computed in shares; one row streams the weights as fast on BLAS's threads
 
@@ -47,7 +48,7 @@ class Passes:
         self.shares = Shares(hparams, params)
 
     def beside_others(self) -> "Passes":
-        """The same, with BLAS's threads asleep after passes of one row too, so that another model's find the cores idle."""
+        """The same, but passes of one row leave BLAS's threads asleep too, so that another model's find the cores idle."""
         passes = copy.copy(self)
         passes.least_rows = 1
         return passes
@@ -58,13 +59,31 @@ class Passes:
             if not self.is_large:
                 with blas.held():
                     return gpt2(tokens, cache, n_last, lm_head=Flipped(self.params["wte"]), **self.params)
-            if cache.is_divisible and blas.controller():
+            if cache.is_divisible and blas.controller:
                 is_few = self.least_rows <= tokens.size <= MAX_ROWS
                 if is_few and self.shares.are_ready({tokens.size, n_last * len(tokens)}, cache):
                     return in_shares(gpt2, tokens, cache, n_last, self.shares)
                 if can_be_cut(tokens.shape[1]):
                     return in_parts(gpt2, tokens, cache, n_last, self.params)
             return gpt2(tokens, cache, n_last, **self.params)
+
+    def few_rows_pay(self, n_left: int) -> bool:
+        """Whether n_left tokens are enough to earn back what passes of few rows need first."""
+        return not self.is_large or self.shares.pay(n_left)
+
+    def pack(self) -> None:
+        """Prepare for passes of few rows now, however few there will be, as benchmarks do."""
+        if self.is_large and blas.controller:
+            self.shares.pack(n_left=sys.maxsize)
+
+    def way(self, n_rows: int) -> str:
+        """How products of so many rows are computed, for benchmarks."""
+        return self.shares.ways[n_rows].__name__ if n_rows in self.shares.ways else "x @ w"
+
+    @property
+    def report(self) -> str:
+        """For --stats: the size of the weights in panels and how long it took to pack them, or why there are none."""
+        return self.shares.report if self.is_large else "none, the model is small"
 
 
 def few_row_scores(q, k):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [..., n_rows, n_seq]

@@ -20,14 +20,27 @@ SMALL = 10**6 - 1  # multiply-adds up to which OpenBLAS uses its kernel for smal
 
 
 class Packed:
-    """Some columns of a matrix, in panels: x @ packed is x @ w. `w` is a view, [n_groups, n_in, n_columns]."""
+    """Some columns of a matrix, in panels: x @ packed is x @ w. `w` is a view, [n_groups, n_in, n_columns].
+
+    `panels` is memory of panels_shape(w, width) for `fill`, `ways` says how so many rows are multiplied.
+    """
 
     __array_ufunc__ = None  # so that NumPy leaves x @ packed to __rmatmul__
 
-    def __init__(self, w, panels, ways):  # panels: [n_groups, n_panels, n_in, width]; ways: by the number of rows
+    def __init__(self, w, panels, ways: dict):
         self.w, self.ways = w, ways
         self.panels = panels.reshape(-1, *panels.shape[2:])
         self.shape = w.shape[1], w.shape[0] * w.shape[2]
+
+    def fill(self) -> None:
+        (n_groups, n_in, n_columns), width = self.w.shape, self.panels.shape[2]
+        n_whole, n_rest = divmod(n_columns, width)
+        panels = self.panels.reshape(n_groups, -1, n_in, width)
+        whole = self.w[..., : n_whole * width].reshape(n_groups, n_in, n_whole, width)
+        np.copyto(panels[:, :n_whole], whole.swapaxes(1, 2))
+        if n_rest:
+            panels[:, n_whole, :, :n_rest] = self.w[..., n_whole * width :]
+            panels[:, n_whole, :, n_rest:] = 0
 
     def __rmatmul__(self, x):  # [..., n_in] -> [..., n_groups * n_columns]
         rows = x.reshape(-1, x.shape[-1])
@@ -41,23 +54,6 @@ class Packed:
 
 def panels_shape(w, width):  # for [n_groups, n_in, n_columns]
     return w.shape[0], -(-w.shape[2] // width), w.shape[1], width
-
-
-def pack(w, panels):  # [n_groups, n_in, n_columns] into [n_groups, n_panels, n_in, width], the last filled with zeros
-    (n_groups, n_in, n_columns), width = w.shape, panels.shape[3]
-    n_whole, n_rest = divmod(n_columns, width)
-    whole = w[..., : n_whole * width].reshape(n_groups, n_in, n_whole, width)
-    np.copyto(panels[:, :n_whole], whole.swapaxes(1, 2))
-    if n_rest:
-        panels[:, n_whole, :, :n_rest] = w[..., n_whole * width :]
-        panels[:, n_whole, :, n_rest:] = 0
-
-
-def seconds_to_pack(matrices, panels) -> float:
-    started = time.perf_counter()
-    for pair in zip(matrices, panels, strict=False):
-        pack(*pair)
-    return time.perf_counter() - started
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,11 +82,14 @@ def together(x, packed):  # [n_rows, n_in] -> [n_rows, n_out]
     return packed.columns(y)
 
 
+def in_fours(x, packed):  # as together, with rows of zeros up to a multiple of 4, which the AVX2 kernels are made for
+    return together(np.concatenate([x, np.zeros((-len(x) % 4, x.shape[1]), np.float32)]), packed)[: len(x)]
+
+
 def row_by_row(x, packed):  # as together
-    n_panels, _, width = packed.panels.shape
-    y = np.empty((len(x), n_panels, 1, width), np.float32)
-    np.matmul(x[:, None], packed.panels[:, None], out=y.swapaxes(0, 1))
-    return packed.columns(y.reshape(len(x), -1))
+    # Not into an array in the order of y: NumPy would take all panels for one row first.
+    by_panel = x[:, None] @ packed.panels[:, None]  # [n_panels, n_rows, 1, width]
+    return packed.columns(by_panel.swapaxes(0, 1).reshape(len(x), -1))
 
 
 def as_it_lies(x, packed):  # as together
@@ -99,8 +98,15 @@ def as_it_lies(x, packed):  # as together
 
 
 WIDTHS = {together: 64, row_by_row: 32}
-WAYS = (together, row_by_row, as_it_lies)
+WAYS = (together, in_fours, row_by_row, as_it_lies)
 N_TIMINGS = 3
+
+
+def seconds_to_fill(matrices: list[Packed]) -> float:
+    started = time.perf_counter()
+    for packed in matrices:
+        packed.fill()
+    return time.perf_counter() - started
 
 
 def seconds(way, n_rows: int, matrices: list[Packed]) -> float:
@@ -116,6 +122,6 @@ def seconds(way, n_rows: int, matrices: list[Packed]) -> float:
 
 def seconds_in_panels(way, n_rows: int, w) -> float:
     """The same for one matrix, in new panels as wide as suits this way."""
-    panels = np.empty(panels_shape(w, WIDTHS[way]), np.float32)
-    pack(w, panels)
-    return seconds(way, n_rows, [Packed(w, panels, {})])
+    packed = Packed(w, np.empty(panels_shape(w, WIDTHS[way]), np.float32), {})
+    packed.fill()
+    return seconds(way, n_rows, [packed])

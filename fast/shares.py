@@ -15,12 +15,13 @@ from queue import SimpleQueue
 import numpy as np
 
 from fast.memory import available_bytes
-from fast.panels import WAYS, WIDTHS, Packed, panels_shape, seconds, seconds_in_panels, seconds_to_pack
+from fast.panels import WAYS, WIDTHS, Packed, panels_shape, seconds, seconds_in_panels, seconds_to_fill
 from fast.threads import Stopped, n_threads, run
 
 MAX_ROWS = 64
 N_ROWS_OF_WIDTH = 5  # the width of the panels is what suits so many rows best
 TRIAL_BYTES = 1 << 27  # packed first, to see how long it takes: more than caches hold
+TYPICAL_STEPS = 8  # that packing takes as long as; in memory that a virtual machine has not used before, 50 and more
 MIN_GAIN = 0.5  # steps of one row that packed weights save for each token, at least
 
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
@@ -68,7 +69,8 @@ class Shares:
         self.params_of: list[dict] = []  # by share, as of a whole model
         self.ways: dict = {}  # by the number of rows
         self.lock = threading.Lock()
-        self.steps_to_pack = 0.0  # what packing takes, in steps of one row, as far as is known
+        self.steps_to_pack = TYPICAL_STEPS  # what packing takes, in steps of one row
+        self.has_room = True
         self.report = "none, there were no steps of several rows"  # for --stats
 
     def on_all(self, work) -> list:
@@ -84,9 +86,9 @@ class Shares:
             views += [attn_proj[None, heads], c_fc[None, :, units], mlp_proj[None, units]]
         return [*views, self.params["wte"][self.ids[i]].T[None]]
 
-    def share(self, i: int) -> dict:
+    def share(self, i: int, packed: list[Packed]) -> dict:
         """Params with the panels of share i. The first share adds the biases of what is summed up."""
-        blocks, w = [], iter(self.packed[i])
+        blocks, w = [], iter(packed)
         for block in self.params["blocks"]:
             c_attn, attn_proj, c_fc, mlp_proj = (block[part][name]["b"] for part, name in PRODUCTS)
             c_attn, c_fc = c_attn.reshape(3, -1)[:, self.columns[i]].ravel(), c_fc[self.units[i]]
@@ -107,12 +109,19 @@ class Shares:
         Not before the first tokens, which would come later for it.
         """
         n_left = cache.n_ctx - cache.length
-        if not self.params_of and cache.length and self.steps_to_pack <= MIN_GAIN * n_left:
+        if not self.params_of and cache.length and self.has_room and self.pay(n_left):
             with self.lock: self.pack(n_left)  # fmt: skip  # noqa: E701  # one line: see Blas.held
         if self.params_of:
             for n_rows in row_counts - self.ways.keys():
-                self.ways[n_rows] = self.fastest(WAYS, lambda way, i: seconds(way, n_rows, self.packed[i][:4]))
+                self.ways[n_rows] = self.fastest(WAYS, partial(self.seconds_of_layer, n_rows))
         return bool(self.params_of)
+
+    def pay(self, n_left: int) -> bool:
+        """Whether n_left tokens to come earn back what packing takes, where that is still to be done."""
+        return bool(self.params_of) or self.steps_to_pack <= MIN_GAIN * n_left
+
+    def seconds_of_layer(self, n_rows: int, way, i: int) -> float:
+        return seconds(way, n_rows, self.packed[i][: len(PRODUCTS)])
 
     def fastest(self, ways, seconds):
         """Of `ways` the one with the least seconds(way, i) over all shares i."""
@@ -122,28 +131,26 @@ class Shares:
     def pack(self, n_left: int) -> None:
         if self.params_of:  # by another thread meanwhile
             return
-        started, n = time.perf_counter(), len(self.heads)
-        views = [self.matrices(i) for i in range(n)]
+        started, views = time.perf_counter(), [self.matrices(i) for i in range(len(self.heads))]
         way = self.fastest(tuple(WIDTHS), lambda way, i: seconds_in_panels(way, N_ROWS_OF_WIDTH, views[i][2]))
-        shapes = [[panels_shape(w, WIDTHS[way]) for w in share] for share in views]
-        sizes = [math.prod(shape) for share in shapes for shape in share]
+        shapes = [panels_shape(w, WIDTHS[way]) for share in views for w in share]
+        sizes = [math.prod(shape) for shape in shapes]
         n_bytes, available = 4 * sum(sizes), available_bytes()
         if available < 2 * n_bytes:  # the weights as they lie want room too, or the system drops them
-            self.steps_to_pack = math.inf
+            self.has_room, self.steps_to_pack = False, 0
             self.report = f"none, {n_bytes / 1e9:.1f} GB more do not fit in {available / 1e9:.1f} GB beside the weights"
             return
-        memory = iter(np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)))  # in one piece: large pages
-        panels = [[next(memory).reshape(shape) for shape in share] for share in shapes]
-        n_trial = 4 * math.ceil(TRIAL_BYTES / sum(p.nbytes for share in panels for p in share[:4]))
-        trial = [[Packed(*pair, {}) for pair in zip(views[i], panels[i], strict=True)][:n_trial] for i in range(n)]
-        packing = max(self.on_all(lambda i: seconds_to_pack(views[i][:n_trial], panels[i])))
-        self.steps_to_pack = packing / max(self.on_all(lambda i: seconds(way, 1, trial[i])))
-        if self.steps_to_pack > MIN_GAIN * n_left:
+        memory = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])  # in one piece: large pages
+        panels = map(np.reshape, memory, shapes)
+        packed = [[Packed(w, next(panels), self.ways) for w in share] for share in views]
+        n_trial = len(PRODUCTS) * math.ceil(TRIAL_BYTES * len(self.params["blocks"]) / n_bytes)
+        seconds_to_pack = max(self.on_all(lambda i: seconds_to_fill(packed[i][:n_trial])))
+        self.steps_to_pack = seconds_to_pack / max(self.on_all(lambda i: seconds(way, 1, packed[i][:n_trial])))
+        if not self.pay(n_left):
             self.report = f"none, they take {self.steps_to_pack:.0f} steps to pack and {n_left} tokens were to come"
             return
-        self.on_all(lambda i: seconds_to_pack(views[i][n_trial:], panels[i][n_trial:]))
-        self.packed = [[Packed(*pair, self.ways) for pair in zip(views[i], panels[i], strict=True)] for i in range(n)]
-        self.params_of = [self.share(i) for i in range(n)]
+        self.on_all(lambda i: seconds_to_fill(packed[i][n_trial:]))
+        self.packed, self.params_of = packed, [self.share(i, packed[i]) for i in range(len(packed))]
         self.report = f"{n_bytes / 1e9:.3f} GB, packed in {time.perf_counter() - started:.3f} s"
 
 

@@ -1,18 +1,16 @@
 """Threads of our own, one on each core, and BLAS held to one thread while they work.
 
-BLAS's own threads share a single product. They spin for up to 0.1 s after each, and a product of few rows is over before
-they are awake. These threads share whole forward passes instead (shares.py, prompts.py); the calling thread waits.
+BLAS's own threads share a single product. They spin for up to 0.1 s after each, and a product of few rows is over
+before they are awake. These threads share whole forward passes instead (shares.py, prompts.py); their caller waits.
 """
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
 from contextvars import copy_context
-from functools import cache
-from queue import SimpleQueue
+from functools import cached_property
 
 
 def cpus_by_core() -> list[set[int]]:
@@ -37,64 +35,17 @@ def count_threads() -> int:
 
 
 n_threads = count_threads()
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Work for threads
-# ----------------------------------------------------------------------------------------------------------------------
+crews: list[list] = []  # executors of one thread each, on a core of its own; a pass takes a crew and puts it back
 
 
 class Stopped(Exception):
     """Raised in a thread that would wait for another which has failed."""
 
 
-class Job:
-    """Work for another thread. The first to get the `ticket`, the worker or who cancels, decides whether it is done."""
-
-    def __init__(self, work: Callable[[], object]):
-        self.work = copy_context().run, work  # the context says which warnings NumPy gives
-        self.ticket, self.is_done, self.done = threading.Lock(), False, threading.Lock()
-        self.result = self.error = None
-        self.done.acquire()
-
-    def __call__(self) -> None:
-        if self.ticket.acquire(blocking=False):
-            try:
-                run, work = self.work
-                self.result = run(work)
-            except BaseException as e:  # raised again in the thread that waits
-                self.error = e
-            self.is_done = True
-            self.done.release()
-
-    def cancel(self) -> None:
-        """Return when the work is over or will not begin. Ctrl-C does not end this: the work writes to its caller's memory."""
-        while not (self.is_done or self.ticket.acquire(blocking=False)):
-            with contextlib.suppress(KeyboardInterrupt):
-                self.done.acquire()
-
-
-class Worker:
-    """A daemon thread on the processors of one core; it ends with this object. An executor takes twice as long to wake.
-
-    Left to itself, Linux likes to wake a thread where its waker runs, although another core idles.
-    """
-
-    def __init__(self, core: set[int]):
-        self.jobs: SimpleQueue[Callable[[], object]] = SimpleQueue()
-        threading.Thread(target=work_off, args=[self.jobs, core], daemon=True).start()
-
-    def __del__(self):
-        self.jobs.put(sys.exit)  # which ends a thread without a word
-
-
-def work_off(jobs: SimpleQueue, core: set[int]) -> None:
+def stay_on(core: set[int]) -> None:
+    """Linux likes to wake a thread where its waker runs, although another core idles."""
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or a sandbox that binds no threads
         os.sched_setaffinity(0, core)
-    while True:
-        jobs.get()()
-
-
-crews: list[list[Worker]] = []  # which no pass is using
 
 
 def run(works: list[Callable[[], object]], stop: Callable[[], None] = bool) -> list:
@@ -102,6 +53,7 @@ def run(works: list[Callable[[], object]], stop: Callable[[], None] = bool) -> l
 
     `stop` makes those that wait for each other raise Stopped. It is called when one fails, and on Ctrl-C.
     """
+    from concurrent.futures import ThreadPoolExecutor  # 5 ms, and small models need none
 
     def stopping_others(work):
         try:
@@ -110,46 +62,36 @@ def run(works: list[Callable[[], object]], stop: Callable[[], None] = bool) -> l
             stop()
             raise
 
+    crew = crews.pop() if crews else []
     try:
-        crew = crews.pop()
-    except IndexError:
-        crew = []
-    crew += [Worker(CORES[i % len(CORES)]) for i in range(len(crew), len(works))]
-    jobs = [Job(lambda work=work: stopping_others(work)) for work in works]
-    try:
+        for i in range(len(crew), len(works)):
+            crew.append(ThreadPoolExecutor(1, initializer=stay_on, initargs=[CORES[i % len(CORES)]]))
         with blas.held():
-            for worker, job in zip(crew, jobs, strict=False):
-                worker.jobs.put(job)
-            for job in jobs:
-                job.done.acquire()
-    finally:
-        stop()  # changes nothing where all are done
-        for job in jobs:
-            job.cancel()
+            # Each in a copy of this thread's context, which says what NumPy warns of.
+            jobs = zip(crew, works, strict=False)
+            futures = [executor.submit(copy_context().run, stopping_others, work) for executor, work in jobs]
+            errors = [error for error in (future.exception() for future in futures) if error]
+            for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+                raise error
+    except BaseException:
+        stop()
+        for executor in crew:  # works that still run write into memory that the caller goes on to use: wait for them
+            executor.shutdown(cancel_futures=True)
+        raise
     crews.append(crew)
-    errors = [job.error for job in jobs if job.error]
-    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
-        raise error
-    return [job.result for job in jobs]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# BLAS
-# ----------------------------------------------------------------------------------------------------------------------
+    return [future.result() for future in futures]
 
 
 class Blas:
-    """NumPy's BLAS, held to one thread while any pass of ours needs that. The number holds for the whole process.
+    """NumPy's BLAS, held to one thread during passes that need that. The number holds for all threads of the process.
 
     Holding takes 3 us, so it is done for each pass and not for a text: between two tokens a program has BLAS as it was.
     """
 
     def __init__(self):
-        self.lock = threading.Lock()
-        self.holders: set[int] = set()  # threads
-        self.n_before = 0
+        self.lock, self.holders, self.n_before = threading.Lock(), set(), 0
 
-    @cache  # noqa: B019  # there is one Blas
+    @cached_property
     def controller(self):
         """What sets the number of threads, or None."""
         try:
@@ -157,38 +99,29 @@ class Blas:
         except ImportError:
             return None
         found = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
-        return next(iter(sorted(found, key=lambda library: "numpy" not in library.filepath)), None)
+        return min(found, key=lambda library: "numpy" not in library.filepath, default=None)
 
     @contextlib.contextmanager
     def held(self):
         me = threading.get_ident()
         try:
-            # On one line, or else the test that interrupts at every line could leave the lock locked. Signals cannot.
+            # On one line: a signal cannot come between the lines of a `with`, but the test's KeyboardInterrupt can.
             with self.lock: self.hold(me)  # fmt: skip  # noqa: E701
             yield
         finally:
             with self.lock: self.let_go(me)  # fmt: skip  # noqa: E701
 
     def hold(self, me: int) -> None:
-        if self.controller() and not self.holders:
-            self.n_before = self.controller().get_num_threads()
+        if self.controller and not self.holders:
+            self.n_before = self.controller.get_num_threads()
             self.holders.add(me)
-            self.controller().set_num_threads(1)
+            self.controller.set_num_threads(1)
         self.holders.add(me)
 
     def let_go(self, me: int) -> None:
         self.holders.discard(me)
-        if self.controller() and not self.holders:
-            self.controller().set_num_threads(self.n_before)
-
-
-blas = Blas()
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Forks
-# ----------------------------------------------------------------------------------------------------------------------
-
-FORK_POLL_S = 1e-3
+        if self.controller and not self.holders:
+            self.controller.set_num_threads(self.n_before)
 
 
 class Forks:
@@ -199,12 +132,10 @@ class Forks:
     Ctrl-C could leave locked.
     """
 
-    def __init__(self):
-        self.reset()
+    POLL_S = 1e-3
 
-    def reset(self) -> None:
-        self.forking: set[int] = set()  # threads
-        self.passing: set[int] = set()
+    def __init__(self):
+        self.forking, self.passing = set(), set()  # threads
 
     @contextlib.contextmanager
     def wait_for_pass(self):
@@ -214,7 +145,7 @@ class Forks:
             self.passing.add(me)
             while self.forking:
                 self.passing.discard(me)
-                time.sleep(FORK_POLL_S)
+                time.sleep(self.POLL_S)
                 self.passing.add(me)
             yield
         finally:
@@ -224,21 +155,19 @@ class Forks:
         self.forking.add(threading.get_ident())
         self.passing.discard(threading.get_ident())  # a pass that forks need not wait for itself
         while self.passing:
-            time.sleep(FORK_POLL_S)
+            time.sleep(self.POLL_S)
 
     def after(self) -> None:
         self.forking.discard(threading.get_ident())
 
+    def in_child(self) -> None:
+        """A child has none of its parent's threads."""
+        crews.clear()
+        self.__init__()
+        blas.__init__()
 
+
+blas = Blas()
 forks = Forks()
-
-
-def forget_threads() -> None:
-    """A child has none of its parent's threads."""
-    crews.clear()
-    forks.reset()
-    blas.__init__()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=forks.before, after_in_parent=forks.after, after_in_child=forget_threads)
+    os.register_at_fork(before=forks.before, after_in_parent=forks.after, after_in_child=forks.in_child)

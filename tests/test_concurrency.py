@@ -4,17 +4,17 @@ import os
 import threading
 from itertools import zip_longest
 
+import matmul
 import numpy as np
+import parts
 import pytest
+import threads
 from conftest import ROOT, random_model, run
+from threads import Team
 
 import gpt2
-import matmul
-import parts
-import threads
 from sampling import make_sampler
 from speculative import DraftModel, PromptLookup
-from threads import Team
 
 N_TOKENS = 20
 

@@ -4,17 +4,17 @@ import json
 import os
 
 import numpy as np
+import parts
 import pytest
 from conftest import ROOT, random_model, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_speculative import DRAFT, TARGET, drafters, limited, samplers
+from threads import Team
 
 import evaluation
-import parts
 from gpt2 import Model, generate, generate_batch, score
 from sampling import for_text, greedy, make_sampler
-from threads import Team
 
 MODEL = random_model()  # a context of 24
 PROMPT = [3, 1, 4, 1, 5]

@@ -9,13 +9,12 @@ import subprocess
 import sys
 import threading
 
-import numpy as np
-import pytest
-from conftest import ROOT, random_model
-
 import matmul
+import numpy as np
 import parts
+import pytest
 import threads
+from conftest import ROOT, random_model
 from threads import Team
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and descriptors of POSIX")

@@ -1,11 +1,10 @@
 import os
 import threading
 
+import matmul as mm
 import numpy as np
 import pytest
 from conftest import random_model, run
-
-import matmul as mm
 from threads import Team
 
 SHAPES = [

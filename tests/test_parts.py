@@ -1,10 +1,10 @@
 import numpy as np
+import parts
 import pytest
 from conftest import random_model
+from threads import Team
 
 import gpt2
-import parts
-from threads import Team
 
 
 @pytest.fixture(params=[1, 2, 3])
