@@ -10,15 +10,13 @@ import functools
 import inspect
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import TextIO
 
-from interrupts import end_quietly
+import interrupts
 
-# The statuses that shells give to programs ended by these signals: 128 + 2 and 128 + 13.
-INTERRUPTED, BROKEN_PIPE = 130, 141
+BROKEN_PIPE = 141  # the status that shells give to programs ended by this signal: 128 + 13
 SEPARATOR = "\0"
 
 
@@ -157,8 +155,7 @@ def run(command: Callable | dict[str, Callable]) -> None:
     """
     argv = sys.argv[1:]
     try:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupts.end_with_status()
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # closed by the caller: what would go there goes nowhere
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the run
@@ -170,8 +167,7 @@ def run(command: Callable | dict[str, Callable]) -> None:
             command(**parse_arguments(command, argv))
         sys.stdout.flush()
     except KeyboardInterrupt:
-        end_quietly()  # a second Ctrl-C would be a traceback
-        sys.exit(INTERRUPTED)
+        sys.exit(interrupts.INTERRUPTED)
     except BrokenPipeError:
         abandon(sys.stdout)
         sys.exit(BROKEN_PIPE)
@@ -183,4 +179,4 @@ def run(command: Callable | dict[str, Callable]) -> None:
             fail(f"cannot write the text: {e.strerror}")
         fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
     finally:
-        end_quietly()
+        interrupts.end_at_once()

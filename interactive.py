@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
+import interrupts
 from adaptive import common_length
 from gpt2 import KVCache, Model
 
@@ -31,6 +32,7 @@ def lines() -> Iterator[str]:
             print(end="\n" if is_terminal else "", file=sys.stderr)  # after the "> "
             return
         except KeyboardInterrupt:  # forget the line
+            interrupts.end_with_status()
             print(file=sys.stderr)
 
 
@@ -65,8 +67,8 @@ def converse(model: Model, encoder, complete: Callable, text_of: Callable, promp
             conversation.follow(prompt_ids)
             for text in text_of(conversation.noted(complete(prompt_ids, cache=conversation.cache))):
                 print(text, end="", flush=True)
-        except KeyboardInterrupt:
-            pass  # the text ends here
+        except KeyboardInterrupt:  # the text ends here
+            interrupts.end_with_status()
         except ValueError as e:
             print(f"error: {e}", file=sys.stderr)
         print(flush=True)

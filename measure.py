@@ -11,7 +11,7 @@ import numpy as np
 
 import gpt2
 from fast import PRODUCTS
-from fast.threads import n_threads
+from fast.threads import count_threads
 from utils import expected_shapes, load_encoder_hparams_and_params, nest_params
 
 FOLDER = "benchmarks"
@@ -86,7 +86,7 @@ def machine() -> dict[str, str]:
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
             processor = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), processor)
-    facts = {"processor": processor, "threads": str(n_threads)}
+    facts = {"processor": processor, "threads": str(count_threads())}
     try:
         import threadpoolctl  # says which kernels OpenBLAS took; nothing else here needs it
 

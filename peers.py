@@ -10,7 +10,7 @@ import tempfile
 import numpy as np
 
 from fast import PRODUCTS
-from fast.threads import n_threads
+from fast.threads import count_threads
 
 N_STEPS = 8  # tokens decoded one after another: the first after a pause takes longer than the others
 
@@ -140,7 +140,7 @@ class CTranslate2:
 
         with tempfile.TemporaryDirectory() as folder:
             self.specify(ctranslate2.specs, model).save(folder)
-            self.generator = ctranslate2.Generator(folder, compute_type="float32", intra_threads=n_threads)
+            self.generator = ctranslate2.Generator(folder, compute_type="float32", intra_threads=count_threads())
 
     def specify(self, specs, model):
         activation = specs.common_spec.Activation.GELUTanh

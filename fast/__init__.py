@@ -9,9 +9,9 @@ import sys
 import numpy as np
 
 from fast.memory import keep_freed_memory
-from fast.prompts import can_be_cut, in_parts
+from fast.prompts import in_parts
 from fast.shares import MAX_ROWS, PRODUCTS, Shares, in_shares
-from fast.threads import blas, forks
+from fast.threads import blas, count_threads, forks
 
 MIN_SIZE = 1 << 19  # numbers in the smallest matrix; below, as in the embedded models, threads cost more than they save
 MAX_FLIPPED = 16
@@ -39,16 +39,18 @@ class Passes:
     """How a model's passes are computed: whole, in parts of a prompt, or in shares of the heads and hidden units."""
 
     least_rows = 2  # of what is computed in shares; one row streams the weights as fast on BLAS's threads
+    least_part = 256  # rows of a prompt for each thread; with fewer, BLAS's threads are as fast
 
     def __init__(self, hparams: dict, params: dict):
         keep_freed_memory()
         self.params = params
         sizes = [block[part][name]["w"].size for block in params["blocks"] for part, name in PRODUCTS]
         self.is_large = min(sizes) >= MIN_SIZE
-        self.shares = Shares(hparams, params)
+        self.n_threads = count_threads()
+        self.shares = Shares(hparams, params, self.n_threads)
 
     def beside_others(self) -> "Passes":
-        """The same, but passes of one row leave BLAS's threads asleep too, so that another model's find the cores idle."""
+        """The same, but passes of one row leave BLAS's threads asleep too: another model's find the cores idle."""
         passes = copy.copy(self)
         passes.least_rows = 1
         return passes
@@ -63,8 +65,8 @@ class Passes:
                 is_few = self.least_rows <= tokens.size <= MAX_ROWS
                 if is_few and self.shares.are_ready({tokens.size, n_last * len(tokens)}, cache):
                     return in_shares(gpt2, tokens, cache, n_last, self.shares)
-                if can_be_cut(tokens.shape[1]):
-                    return in_parts(gpt2, tokens, cache, n_last, self.params)
+                if tokens.shape[1] >= self.least_part * self.n_threads > self.least_part:
+                    return in_parts(gpt2, tokens, cache, n_last, self.params, self.n_threads)
             return gpt2(tokens, cache, n_last, **self.params)
 
     def few_rows_pay(self, n_left: int) -> bool:

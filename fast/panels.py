@@ -49,7 +49,7 @@ class Packed:
     def columns(self, y):  # [n_rows, all columns of the panels] -> [n_rows, n_groups * n_columns]
         if y.shape[1] == self.shape[1]:
             return y
-        return y.reshape(len(y), len(self.w), -1)[..., : self.w.shape[2]].reshape(len(y), -1)
+        return np.ascontiguousarray(y.reshape(len(y), len(self.w), -1)[..., : self.w.shape[2]]).reshape(len(y), -1)
 
 
 def panels_shape(w, width):  # for [n_groups, n_in, n_columns]

@@ -11,9 +11,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from fast.threads import Stopped, n_threads, run
-
-MIN_PART = 256  # rows for each thread to carry; with fewer, BLAS's threads are as fast
+from fast.threads import Stopped, run
 
 
 def equal_work(n_new, n_past, n_embd, n_parts):  # -> n_parts slices of range(n_new)
@@ -23,10 +21,10 @@ def equal_work(n_new, n_past, n_embd, n_parts):  # -> n_parts slices of range(n_
     return [slice(int(start), int(stop)) for start, stop in pairwise([0, *edges, n_new])]
 
 
-def in_parts(gpt2, tokens, cache, n_last, params):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
+def in_parts(gpt2, tokens, cache, n_last, params, n_parts):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
     """gpt2(tokens, cache, n_last, **params), the rows of each part on a thread of its own."""
     n_new = tokens.shape[1]
-    rows = equal_work(n_new, cache.length, params["wte"].shape[1], n_threads)
+    rows = equal_work(n_new, cache.length, params["wte"].shape[1], n_parts)
     stored: list[SimpleQueue[bool]] = [SimpleQueue() for _ in rows]  # True for each layer; False: stop
     is_stopped = False
 
@@ -51,8 +49,3 @@ def in_parts(gpt2, tokens, cache, n_last, params):  # int[n_batch, n_new] -> [n_
         return gpt2(tokens[:, rows[i]], part, n_rows, **params)
 
     return np.concatenate(run([partial(work, i) for i in range(len(rows))], stop), axis=1)
-
-
-def can_be_cut(n_new: int) -> bool:
-    """Whether the parts of so many new tokens are worth a thread each."""
-    return n_new >= MIN_PART * n_threads > MIN_PART

@@ -16,7 +16,7 @@ import numpy as np
 
 from fast.memory import available_bytes
 from fast.panels import WAYS, WIDTHS, Packed, panels_shape, seconds, seconds_in_panels, seconds_to_fill
-from fast.threads import Stopped, n_threads, run
+from fast.threads import Stopped, run
 
 MAX_ROWS = 64
 N_ROWS_OF_WIDTH = 5  # the width of the panels is what suits so many rows best
@@ -49,7 +49,8 @@ class Meeting:
 
 
 def cut(n: int, n_parts: int, size: int) -> list[slice]:
-    """range(n) in n_parts as equal as can be, each but the last of whole `size`s."""
+    """range(n) in n_parts as equal as can be, each but the last of whole `size`s if there are enough of these."""
+    size = size if n >= size * n_parts else 1
     edges = [min(n, round(n * i / n_parts / size) * size) for i in range(n_parts)]
     return [slice(*edge) for edge in pairwise([*edges, n])]
 
@@ -57,10 +58,10 @@ def cut(n: int, n_parts: int, size: int) -> list[slice]:
 class Shares:
     """A model's weights in shares, one for each thread, in panels once that pays."""
 
-    def __init__(self, hparams: dict, params: dict):
+    def __init__(self, hparams: dict, params: dict, n_threads: int):
         self.params = params
         n_head, d_head = hparams["n_head"], hparams["n_embd"] // hparams["n_head"]
-        n = min(n_threads, n_head)
+        n = min(n_threads, n_head, len(params["wte"]))
         self.heads = cut(n_head, n, 1)
         self.columns = [slice(heads.start * d_head, heads.stop * d_head) for heads in self.heads]
         self.units = cut(params["blocks"][0]["mlp"]["c_fc"]["w"].shape[1], n, 64)

@@ -34,7 +34,6 @@ def count_threads() -> int:
     return min([len(CORES), *(int(limit) for limit in limits if limit.isdecimal() and int(limit) > 0)])
 
 
-n_threads = count_threads()
 crews: list[list] = []  # executors of one thread each, on a core of its own; a pass takes a crew and puts it back
 
 
@@ -57,7 +56,8 @@ def run(works: list[Callable[[], object]], stop: Callable[[], None] = bool) -> l
 
     def stopping_others(work):
         try:
-            return work()
+            with blas.held():  # here, where Ctrl-C does not come
+                return work()
         except BaseException:
             stop()
             raise
@@ -66,13 +66,12 @@ def run(works: list[Callable[[], object]], stop: Callable[[], None] = bool) -> l
     try:
         for i in range(len(crew), len(works)):
             crew.append(ThreadPoolExecutor(1, initializer=stay_on, initargs=[CORES[i % len(CORES)]]))
-        with blas.held():
-            # Each in a copy of this thread's context, which says what NumPy warns of.
-            jobs = zip(crew, works, strict=False)
-            futures = [executor.submit(copy_context().run, stopping_others, work) for executor, work in jobs]
-            errors = [error for error in (future.exception() for future in futures) if error]
-            for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
-                raise error
+        # Each in a copy of this thread's context, which says what NumPy warns of.
+        jobs = zip(crew, works, strict=False)
+        futures = [executor.submit(copy_context().run, stopping_others, work) for executor, work in jobs]
+        errors = [error for error in (future.exception() for future in futures) if error]
+        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+            raise error
     except BaseException:
         stop()
         for executor in crew:  # works that still run write into memory that the caller goes on to use: wait for them
@@ -101,6 +100,10 @@ class Blas:
         found = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
         return min(found, key=lambda library: "numpy" not in library.filepath, default=None)
 
+    def set(self, n: int) -> None:
+        # From 3.8 on the public method does nothing but in the first thread that called it, as long as that lives.
+        getattr(self.controller, "_real_set_num_threads", self.controller.set_num_threads)(n)
+
     @contextlib.contextmanager
     def held(self):
         me = threading.get_ident()
@@ -111,17 +114,19 @@ class Blas:
         finally:
             with self.lock: self.let_go(me)  # fmt: skip  # noqa: E701
 
+    # In this order, an interrupt between two lines leaves BLAS's number to the thread's next pass, and never loses it.
+
     def hold(self, me: int) -> None:
-        if self.controller and not self.holders:
-            self.n_before = self.controller.get_num_threads()
+        if self.controller:
+            if not self.holders:
+                self.n_before = self.controller.get_num_threads()
             self.holders.add(me)
-            self.controller.set_num_threads(1)
-        self.holders.add(me)
+            self.set(1)
 
     def let_go(self, me: int) -> None:
+        if self.holders == {me}:
+            self.set(self.n_before)
         self.holders.discard(me)
-        if self.controller and not self.holders:
-            self.controller.set_num_threads(self.n_before)
 
 
 class Forks:

@@ -14,6 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODELS = os.path.join(ROOT, "models")
 sys.path.insert(0, ROOT)
 
+from fast.shares import Shares  # noqa: E402
 from gpt2 import Model  # noqa: E402
 from utils import expected_shapes, load_encoder_hparams_and_params, nest_params  # noqa: E402
 
@@ -36,6 +37,18 @@ def random_variables(hparams, seed=0):
 def random_model(n_vocab=61, n_ctx=24, n_embd=24, n_head=3, n_layer=3, seed=0):
     hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
     return Model(hparams, nest_params(random_variables(hparams, seed), hparams, "random"))
+
+
+def shared_out(model, n_threads=3, way=None, is_packed=True):
+    """The same model computed as a large one: few rows in shares, prompts of 4 tokens a thread in parts."""
+    model = Model(model.hparams, model.params)
+    model.passes.is_large, model.passes.n_threads, model.passes.least_part = True, n_threads, 4
+    model.passes.shares = Shares(model.hparams, model.params, n_threads)
+    if way:
+        model.passes.shares.ways = dict.fromkeys(range(1, 65), way)
+    if is_packed:
+        model.passes.pack()
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -34,9 +34,23 @@ def test_decode_compares_outputs_with_the_peers(tmp_path):
 
 
 def test_rows_names_the_way_of_each(tmp_path):
-    rows = table(tmp_path, "rows", "--model_size", "nano", "--n_times", "1")
-    assert [row["rows"] for row in rows] == ["1", "2", "4", "5", "8", "16", "stream, 1"]
-    assert rows[3]["way"] == "x @ w"  # nano is small
+    rows = table(tmp_path, "rows", "--model_size", "nano", "--draft_model_size", "nano", "--n_times", "1")
+    assert [row["rows"] for row in rows] == ["1", "2", "3", "4", "5", "6", "8", "16", "32", "64", "stream, 1"]
+    assert rows[3]["way"] == "x @ w" and float(rows[3]["after_draft_ratio"]) > 0  # nano is small
+
+
+def test_batches_write_the_texts_of_one_by_one(tmp_path):
+    rows = table(tmp_path, "batch", "--model_size", "nano", "--n_tokens", "5", "--n_times", "1")
+    assert [row["prompts"] for row in rows] == ["one by one", "1", "2", "4", "8", "16", "32", "64"]
+    assert all(row["identical"] == "True" and float(row["tokens_per_s"]) > 0 for row in rows[1:])
+
+
+def test_acceptance_tries_each_length_and_whole_texts(tmp_path):
+    args = ("--target_size=tiny", "--draft_size=nano", "--n_tokens=30", "--n_short=12", "--n_times=1")
+    rows = table(tmp_path, "acceptance", *args)
+    assert [row["guesses"] for row in rows[:8]] == ["0", "1", "2", "3", "4", "5", "6", "10"]
+    assert rows[8]["guesses"].startswith("adaptive") and "40" not in rows[9]["guesses"]
+    assert all(row["identical"] == "True" and float(row["speedup"]) > 0 for row in rows)
 
 
 def test_cache_has_every_point(tmp_path):

@@ -4,13 +4,9 @@ import os
 import threading
 from itertools import zip_longest
 
-import matmul
 import numpy as np
-import parts
 import pytest
-import threads
-from conftest import ROOT, random_model, run
-from threads import Team
+from conftest import ROOT, random_model, run, shared_out
 
 import gpt2
 from sampling import make_sampler
@@ -19,24 +15,15 @@ from speculative import DraftModel, PromptLookup
 N_TOKENS = 20
 
 
-@pytest.fixture(params=["on this thread", "on threads of our own"])
-def products(request, monkeypatch):
-    """Small models as they are, and as large ones would be: prompts in parts, few rows in slabs."""
-    if request.param == "on threads of our own":
-        team = Team(3)
-        for module in (threads, parts, matmul):
-            monkeypatch.setattr(module, "team", team)
-        monkeypatch.setattr(parts, "MIN_PART", 4)
-        monkeypatch.setattr(parts, "is_large", lambda weights: True)
-        ways = {False: matmul.PLAIN, True: next(iter(matmul.SLABS))}
-        monkeypatch.setattr(matmul, "fastest_way", lambda n_rows, weights: ways[1 < n_rows <= matmul.MAX_FEW_ROWS])
+@pytest.fixture(scope="module", params=["on this thread", "on threads of our own"])
+def tasks(request, tiny, nano):
+    """Functions that each begin a text anew: two random models and the embedded ones, greedy and sampled, drafted.
 
-
-@pytest.fixture(scope="module")
-def tasks(tiny, nano):
-    """Functions that each begin a text anew: two random models and the embedded ones, greedy and sampled, drafted."""
+    Small models as they are, and as large ones would be: prompts in parts, few rows in shares.
+    """
     rng = np.random.default_rng(0)
-    small, other = random_model(n_ctx=40), random_model(n_embd=32, n_head=4, n_ctx=40, seed=1)
+    models = random_model(n_ctx=40), random_model(n_embd=32, n_head=4, n_ctx=40, seed=1), tiny[1], nano[1]
+    small, other, target, draft = models if request.param == "on this thread" else map(shared_out, models)
     ids = [rng.integers(61, size=n).tolist() for n in (14, 1, 13, 5)]
     prompt = tiny[0].encode("JULIET:\nWhat man art thou that thus bescreen'd in night")
     return [
@@ -44,20 +31,20 @@ def tasks(tiny, nano):
         lambda: gpt2.generate(other, ids[1], N_TOKENS, make_sampler(seed=3)),
         lambda: gpt2.generate(small, ids[2], N_TOKENS, draft=PromptLookup(4, 1)),
         lambda: gpt2.generate(other, ids[3], N_TOKENS, draft=DraftModel(small, 4)),
-        lambda: gpt2.generate(tiny[1], prompt, N_TOKENS, make_sampler(0.8, seed=1), DraftModel(nano[1], 3)),
-        lambda: gpt2.generate(nano[1], prompt, N_TOKENS),
+        lambda: gpt2.generate(target, prompt, N_TOKENS, make_sampler(0.8, seed=1), DraftModel(draft, 3)),
+        lambda: gpt2.generate(draft, prompt, N_TOKENS),
         lambda: iter(gpt2.generate_batch(small, [ids[0], ids[1], ids[3]], N_TOKENS)),
     ]
 
 
-def test_generators_in_turn(products, tasks):
+def test_generators_in_turn(tasks):
     alone = [list(task()) for task in tasks]
     generators = [task() for task in tasks for _ in range(2)]
     texts = [[i for i in ids if i is not None] for ids in zip(*zip_longest(*generators), strict=True)]
     assert texts == [ids for ids in alone for _ in range(2)]
 
 
-def test_several_threads(products, tasks):
+def test_several_threads(tasks):
     alone, texts = [list(task()) for task in tasks], {}
     begin = threading.Barrier(2 * len(tasks))
 
@@ -73,7 +60,7 @@ def test_several_threads(products, tasks):
     assert texts == {number: [alone[number % len(tasks)]] * 3 for number in range(2 * len(tasks))}
 
 
-def test_a_generator_goes_on_in_another_thread(products, tasks):
+def test_a_generator_goes_on_in_another_thread(tasks):
     for task in tasks:
         alone, ids = list(task()), task()
         first, rest = [next(ids)], []
@@ -89,13 +76,13 @@ def test_forks_after_the_model_is_loaded(is_busy):
     """The children have none of the parent's threads, not even where these are in the middle of a product."""
     code = f"""if True:
         import os, sys, threading
-        import gpt2, matmul, parts, threads
+        sys.path.insert(0, "tests")
+        import gpt2
+        from conftest import shared_out
         from speculative import DraftModel
         from utils import load_encoder_hparams_and_params
-        threads.team.n_threads, parts.MIN_PART = 3, 10
-        parts.is_large = lambda weights: True
-        matmul.fastest_way = lambda n_rows, weights: next(iter(matmul.SLABS)) if 1 < n_rows <= 16 else matmul.PLAIN
         tiny, nano = (gpt2.Model(*load_encoder_hparams_and_params(name)[1:]) for name in ("tiny", "nano"))
+        tiny, nano = shared_out(tiny), shared_out(nano)
         def write():
             return list(gpt2.generate(tiny, list(range(40)), 12, draft=DraftModel(nano, 4)))
         expected, stop, wrong = write(), threading.Event(), []

@@ -4,13 +4,11 @@ import json
 import os
 
 import numpy as np
-import parts
 import pytest
-from conftest import ROOT, random_model, run
+from conftest import ROOT, random_model, run, shared_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_speculative import DRAFT, TARGET, drafters, limited, samplers
-from threads import Team
 
 import evaluation
 from gpt2 import Model, generate, generate_batch, score
@@ -232,22 +230,19 @@ def test_a_batch_refuses(prompts, n_tokens, options, message):
         generate_batch(MODEL, prompts, n_tokens, **options)
 
 
-def test_padding_changes_no_logits(monkeypatch):
+def test_padding_changes_no_logits():
     """Nor what the padding holds, nor threads."""
-    rng, model = np.random.default_rng(5), random_model(n_ctx=40)
+    rng, small = np.random.default_rng(5), random_model(n_ctx=40)
     tokens, n_pad = rng.integers(61, size=(3, 36)), [0, 5, 35]
     found = []
-    for n_threads, fill in ((1, 0), (1, 60), (2, 0)):
-        monkeypatch.setattr(parts, "team", Team(n_threads))
-        monkeypatch.setattr(parts, "MIN_PART", 3)
-        monkeypatch.setattr(parts, "is_large", lambda weights: True)
+    for model, fill in ((small, 0), (small, 60), (shared_out(small, 2, is_packed=False), 0), (shared_out(small), 0)):
         cache = model.new_cache(3)
         cache.n_pad = np.array(n_pad)
         filled = np.where(np.arange(36) < cache.n_pad[:, None], fill, tokens)
         model.forward(filled[:, :30], cache)
         found.append(model.forward(filled[:, 30:], cache)[:, 0])
         for row, n in enumerate(n_pad):
-            alone = model.forward([tokens[row, n:]], model.new_cache())[0, 0]
+            alone = small.forward([tokens[row, n:]], small.new_cache())[0, 0]
             np.testing.assert_allclose(found[-1][row], alone, rtol=0, atol=1e-4)
             assert cache.row(row).length == 36 - n
         again = cache.row(1)

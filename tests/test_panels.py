@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+
+from fast import Flipped, few_row_scores
+from fast.panels import SMALL, WAYS, WIDTHS, Packed, n_pieces, panels_shape
+
+SHAPES = [  # n_groups, n_in, n_columns
+    (3, 768, 384),
+    (1, 3072, 768),
+    (1, 1600, 100),
+    (3, 64, 24),
+    (1, 97, 101),
+    (2, 1, 7),
+    (1, 7, 1),
+]
+ROWS = [1, 2, 3, 5, 8, 16, 33, 64]
+
+
+def arrays(n_rows, n_groups, n_in, n_columns):
+    rng = np.random.default_rng(n_rows + n_in + n_columns)
+    w = rng.standard_normal((n_in, 2 * n_groups * n_columns), np.float32)  # of which every other part is a share
+    view = w.reshape(n_in, n_groups, 2 * n_columns).swapaxes(0, 1)[..., n_columns:]
+    return rng.standard_normal((n_rows, n_in), np.float32), view
+
+
+def packed(w, width, way):
+    memory = np.full(panels_shape(w, width), np.nan, np.float32)
+    packed = Packed(w, memory, dict.fromkeys(range(1, 65), way))
+    packed.fill()
+    return packed
+
+
+def error(y, x, w):
+    """Largest error against float64, in units of the largest output."""
+    exact = np.concatenate(x.astype(np.float64) @ w.astype(np.float64), axis=-1)
+    return np.abs(y - exact).max() / np.abs(exact).max()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("width", WIDTHS.values())
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_way_is_as_close_as_the_plain_product(way, width, shape):
+    for n_rows in ROWS:
+        x, w = arrays(n_rows, *shape)
+        y = x @ packed(w, width, way)
+        assert y.dtype == np.float32 and y.shape == (n_rows, shape[0] * shape[2]) and y.flags.c_contiguous
+        plain = np.concatenate(x @ w, axis=-1)
+        assert error(y, x, w) <= max(2 * error(plain, x, w), 2e-6)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("shape", [(50257, 64), (101, 97), (5, 3), (1, 1)], ids=str)
+def test_every_way_multiplies_with_a_transpose(way, shape):
+    """The output product: wte lies as [n_vocab, n_embd]."""
+    for n_rows in (1, 2, 5):
+        x, wte = arrays(n_rows, 1, *shape[::-1])[0], np.random.default_rng(0).standard_normal(shape, np.float32)
+        y = x @ packed(wte.T[None], 64, way)
+        assert y.shape == (n_rows, shape[0]) and error(y, x, wte.T[None]) <= 2e-6
+
+
+def test_leading_axes_stay_and_views_are_taken():
+    x, w = arrays(6, 3, 12, 20)
+    x = x.reshape(2, 3, 12)[:, ::2]
+    y = x @ packed(w, 32, WAYS[0])
+    assert y.shape == (2, 2, 60)
+    np.testing.assert_allclose(y, np.concatenate(x[None] @ w[:, None], axis=-1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_rows", ROWS)
+def test_pieces_divide_the_depth_and_are_small(n_rows):
+    for n_in in (768, 3072, 1600, 6400, 97):
+        for width in WIDTHS.values():
+            n = n_pieces(n_rows, n_in, width)
+            assert n_in % n == 0 and n_rows * n_in // n * width <= SMALL
+            assert n == 1 or any(n_rows * n_in // d * width > SMALL for d in range(1, n) if n_in % d == 0)
+
+
+def test_a_small_vocabulary_as_left_factor_gives_the_same():
+    rng = np.random.default_rng(0)
+    wte = rng.standard_normal((61, 24), np.float32)
+    for n_rows in (1, 2, 16, 17):
+        x = rng.standard_normal((2, n_rows, 24), np.float32)
+        y = x @ Flipped(wte)
+        assert y.flags.c_contiguous and y.dtype == np.float32
+        np.testing.assert_allclose(y, x @ wte.T, rtol=0, atol=1e-4)
+
+
+def test_scores_of_few_rows_are_those_of_many():
+    rng = np.random.default_rng(0)
+    for n_rows in (1, 2, 8, 9):
+        q, k = (rng.standard_normal((2, 3, n, 8), np.float32) for n in (n_rows, 50))
+        np.testing.assert_allclose(few_row_scores(q, k), q @ k.swapaxes(-1, -2), rtol=0, atol=1e-5)

@@ -1,0 +1,219 @@
+"""Layers computed in shares of their heads and hidden units: the same numbers, and when weights are packed for that."""
+
+import threading
+
+import numpy as np
+import pytest
+from conftest import random_model, shared_out
+
+import fast.shares
+import gpt2
+from fast.panels import WAYS
+from fast.shares import MIN_GAIN, TYPICAL_STEPS, Meeting, cut
+from fast.threads import Stopped, blas, crews
+from speculative import DraftModel
+from stats import n_bytes
+
+pytest.importorskip("threadpoolctl", reason="without threadpoolctl nothing is computed in shares")
+IDS = np.random.default_rng(0).integers(61, size=(3, 40))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("n_batch", [1, 3])
+def test_shares_add_up_to_the_whole(n_threads, n_batch):
+    """Also with more threads than heads, a vocabulary of 61 and hidden units that no width divides."""
+    whole = random_model(n_embd=30, n_head=3, n_ctx=40)
+    model = shared_out(whole, n_threads)
+    caches = [each.new_cache(n_batch) for each in (whole, model)]
+    for start, stop, n_last in ((0, 5, 1), (5, 6, 1), (6, 14, 8), (14, 30, 2), (30, 33, 3)):
+        expected, got = (
+            each.forward(IDS[:n_batch, start:stop], cache, n_last)
+            for each, cache in zip((whole, model), caches, strict=True)
+        )
+        assert got.shape == expected.shape and got.dtype == np.float32
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(caches[0].kv[..., :33, :], caches[1].kv[..., :33, :], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("n_new", [2, 3, 5, 8, 16])
+def test_the_model_gives_the_same_logits_whichever_way(way, n_new):
+    whole = random_model(n_ctx=40)
+    model = shared_out(whole, 2, way)
+    expected = whole.forward(IDS[:1, : 10 + n_new], whole.new_cache(), n_last=n_new)
+    cache = model.new_cache()
+    model.forward(IDS[:1, :10], cache)
+    np.testing.assert_allclose(model.forward(IDS[:1, 10 : 10 + n_new], cache, n_new), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [7, 25, 61, 3072, 50257])
+@pytest.mark.parametrize("n_parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [1, 64])
+def test_cuts_cover_everything_once_as_equally_as_can_be(n, n_parts, size):
+    parts = cut(n, n_parts, size)
+    assert len(parts) == n_parts and [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
+    sizes = [part.stop - part.start for part in parts]
+    assert max(sizes) - min(sizes) <= 2 * size
+
+
+def test_a_draft_has_its_single_rows_in_shares_and_the_same_panels():
+    model = shared_out(random_model(n_ctx=40), way=WAYS[0])
+    draft = DraftModel(model, 3).model
+    assert draft.passes.shares is model.passes.shares
+    shares = []
+    model.passes.shares.are_ready = lambda row_counts, cache: shares.append(row_counts) or True
+    model.forward([[1]], model.new_cache())
+    assert not shares
+    draft.forward([[1]], draft.new_cache())
+    assert shares == [{1}]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# When to pack
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large():
+    """A model that counts as large, with nothing packed yet."""
+    return shared_out(random_model(n_ctx=200), is_packed=False)
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Packing takes as long as two steps."""
+    times = {fast.shares.seconds_to_fill: 2.0, fast.shares.seconds: 1.0}
+    for function, seconds in times.items():
+        monkeypatch.setattr(
+            fast.shares, function.__name__, lambda *args, f=function, seconds=seconds: (f(*args), seconds)[1]
+        )
+
+
+def is_packed(model):
+    return bool(model.passes.shares.params_of)
+
+
+def test_the_first_tokens_do_not_wait_for_packing(large, cheap):
+    cache = large.new_cache()
+    large.forward([[1, 2, 3]], cache)
+    assert not is_packed(large) and "no steps of several rows" in large.passes.report
+    large.forward([[1, 2]], cache)
+    assert is_packed(large) and "GB, packed in 0.0" in large.passes.report
+    large.forward([[1]], large.new_cache())
+
+
+def test_plain_decoding_packs_nothing(large, cheap):
+    list(gpt2.generate(large, [1, 2, 3], 150))
+    assert not is_packed(large)
+
+
+@pytest.mark.parametrize("n_batch", [1, 2])
+def test_a_text_that_is_too_short_packs_nothing(large, cheap, n_batch):
+    n_least = int(TYPICAL_STEPS / MIN_GAIN)
+    cache = large.new_cache(n_batch, n_seq=3 + n_least)
+    large.forward([[1, 2, 3, 4]] * n_batch, cache)
+    large.forward([[1, 2]] * n_batch, cache)
+    assert not is_packed(large) and not large.checks_pay(n_least - 1) and large.checks_pay(n_least)
+    cache.length = 3
+    large.forward([[1, 2]] * n_batch, cache)
+    assert is_packed(large) and large.checks_pay(1)
+
+
+def test_packing_is_given_up_where_it_takes_too_long(large, monkeypatch):
+    monkeypatch.setattr(fast.shares, "seconds_to_fill", lambda matrices: 60.0)
+    monkeypatch.setattr(fast.shares, "seconds", lambda way, n_rows, matrices: 1.0)
+    cache = large.new_cache(n_seq=103)
+    large.forward([[1, 2, 3]], cache)
+    large.forward([[1, 2]], cache)
+    assert not is_packed(large) and "take 60 steps to pack and 100 tokens were to come" in large.passes.report
+    assert not large.checks_pay(119) and large.checks_pay(120)
+
+
+def test_panels_that_do_not_fit_are_left_out(large, cheap, monkeypatch):
+    expected = random_model(n_ctx=200).forward([[1, 2]], random_model(n_ctx=200).new_cache())
+    monkeypatch.setattr(fast.shares, "available_bytes", lambda: n_bytes(large.params))
+    cache = large.new_cache()
+    for _ in range(2):
+        cache.length = 0
+        large.forward([[1, 2, 3]], cache)
+        large.forward([[1, 2]], cache)
+    assert not is_packed(large) and "do not fit in" in large.passes.report
+    assert large.checks_pay(1)  # as far as that is known; what pays is measured then
+    np.testing.assert_allclose(large.forward([[1, 2]], large.new_cache()), expected, atol=1e-4)
+
+
+def test_without_threadpoolctl_products_are_plain(cheap, monkeypatch):
+    model = random_model(n_ctx=40)
+    monkeypatch.setattr(blas, "controller", None)
+    large = shared_out(model, is_packed=False)
+    for each in (large, large.as_draft()):
+        cache = each.new_cache()
+        each.forward([[1, 2, 3]], cache)
+        each.forward([[4, 5]], cache)
+        each.forward([[6]], cache)
+        assert not is_packed(large)
+        expected = model.forward([[1, 2, 3, 4, 5, 6, 7]], model.new_cache())
+        np.testing.assert_allclose(each.forward([[7]], cache), expected, rtol=0, atol=1e-4)
+
+
+def test_a_cache_that_looks_is_not_divided():
+    from inside import look_inside
+
+    model = random_model(n_ctx=40)
+    for expected, got in zip(look_inside(model, [1, 2, 3]), look_inside(shared_out(model), [1, 2, 3]), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Threads that wait for each other
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_meeting_adds_the_same_in_every_thread():
+    meeting, rng = Meeting(3), np.random.default_rng(0)
+    x, totals = rng.standard_normal((50, 3, 8), np.float32), [[], [], []]
+
+    def add(me):
+        for parts in x:
+            totals[me].append(meeting.total(me, parts[me]))
+
+    threads = [threading.Thread(target=add, args=[me], daemon=True) for me in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert np.array_equal(totals[0], totals[1]) and np.array_equal(totals[0], totals[2])
+    np.testing.assert_allclose(totals[0], x.sum(1), rtol=0, atol=1e-5)
+
+
+def test_nobody_waits_where_a_meeting_was_stopped():
+    meeting = Meeting(2)
+    meeting.stop()
+    with pytest.raises(Stopped):
+        meeting.total(0, np.zeros(3))
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_share_that_fails_stops_the_others_and_its_error_arrives(monkeypatch, failing, error):
+    model, store = shared_out(random_model(n_ctx=40)), gpt2.KVCache.append
+    cache = model.new_cache()
+    model.forward([[1, 2, 3]], cache)
+
+    def fail(self, layer, qkv):
+        if layer == 1 and self.kv.ctypes.data == cache.kv[:, :, :, failing].ctypes.data:
+            raise error
+        return store(self, layer, qkv)
+
+    monkeypatch.setattr(gpt2.KVCache, "append", fail)
+    with pytest.raises(error):
+        model.forward([[4, 5]], cache)
+    assert cache.length == 3 and not blas.holders and not crews
+    monkeypatch.setattr(gpt2.KVCache, "append", store)
+    model.forward([[4, 5]], cache)
+    assert cache.length == 5
+
+
+def test_a_whole_model_is_packed_into_one_piece_of_memory(large):
+    large.passes.pack()
+    assert len({id(packed.panels.base) for share in large.passes.shares.packed for packed in share}) == 1
