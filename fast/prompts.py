@@ -46,6 +46,9 @@ def in_parts(gpt2, tokens, cache, n_last, params, n_parts):  # int[n_batch, n_ne
         part = type(cache)(cache.kv, cache.length + rows[i].start, cache.n_pad)
         part.append = partial(append, i, part)
         n_rows = max(0, min(rows[i].stop - rows[i].start, n_last - (n_new - rows[i].stop)))
-        return gpt2(tokens[:, rows[i]], part, n_rows, **params)
+        try:
+            return gpt2(tokens[:, rows[i]], part, n_rows, **params)
+        finally:
+            del part.append  # it refers to `part`: the cache's memory would stay until garbage is collected
 
     return np.concatenate(run([partial(work, i) for i in range(len(rows))], stop), axis=1)

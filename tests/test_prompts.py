@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from conftest import random_model, shared_out
@@ -42,6 +45,21 @@ def test_parts_give_the_logits_of_the_whole(used_parts, n_batch, n_last):
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
         assert len(used_parts) == 2 * n_threads
         used_parts.clear()
+
+
+@pytest.mark.parametrize("n_new", [3, 30])
+def test_memory_of_a_cache_is_free_when_the_cache_is(n_new):
+    """Without the garbage collector."""
+    model = shared_out(random_model(n_ctx=40))
+    gc.disable()
+    try:
+        cache = model.new_cache()
+        model.forward([list(range(n_new))], cache)
+        kv = weakref.ref(cache.kv)
+        del cache
+        assert kv() is None
+    finally:
+        gc.enable()
 
 
 def test_one_thread_or_a_small_model_or_no_threadpoolctl_keeps_the_whole(used_parts, monkeypatch):
