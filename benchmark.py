@@ -173,7 +173,8 @@ def batch(model_size: str = "random:124M", models_dir: str = "models", *, n_toke
     model = load_model(model_size, models_dir)
     model.passes.pack()
     counts = (1, 2, 4, 8, 16, 32, 64)
-    prompts = [random_ids(model, 5 + 7 * i % 16) for i in range(max(counts))]
+    ids = random_ids(model, 20 * max(counts))
+    prompts = [ids[20 * i : 20 * i + 5 + 7 * i % 16] for i in range(max(counts))]
     texts = {}
 
     def together(n):

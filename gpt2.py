@@ -71,8 +71,13 @@ def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
     return x
 
 
+def matmul(x, w):  # [..., n_in] @ [n_in, n_out] -> [..., n_out]
+    """x @ w as one product of all rows: NumPy would take one for each text of a batch."""
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
+
+
 def linear(x, w, b):  # [..., n_in] -> [..., n_out]
-    y = x @ w
+    y = matmul(x, w)
     y += b
     return y
 
@@ -156,7 +161,7 @@ def gpt2(tokens, cache, n_last, wte, wpe, blocks, ln_f, lm_head=None, total=lamb
         n_rows = n_last if i == len(blocks) - 1 else n_new  # later blocks need every row, the output only the last
         x = transformer_block(x, cache, i, n_rows, total, **params)
     cache.note(x)
-    return layer_norm(x, **ln_f) @ (wte.T if lm_head is None else lm_head)
+    return matmul(layer_norm(x, **ln_f), wte.T if lm_head is None else lm_head)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Everything that makes forward passes fast. The door: `Passes` computes them, `few_row_scores` and `Reversed` help.
+"""Everything that makes forward passes fast. The door: `Passes` computes them.
 
 What is computed is in gpt2.py alone. Here is decided which thread computes what, and in what order weights lie.
 """
@@ -9,8 +9,7 @@ import sys
 import numpy as np
 
 from fast.memory import keep_freed_memory
-from fast.prompts import in_parts
-from fast.shares import MAX_ROWS, PRODUCTS, Shares, in_shares
+from fast.shares import MAX_FEW, PRODUCTS, Shares, in_shares
 from fast.threads import blas, count_threads, forks
 
 MIN_SIZE = 1 << 19  # numbers in the smallest matrix; below, as in the embedded models, threads cost more than they save
@@ -20,34 +19,29 @@ MAX_FLIPPED = 16
 class Flipped:
     """x @ flipped is x @ w.T for a small w, which BLAS packs as the right factor, but not as the left one.
 
-    2 rows of `tiny` with its vocabulary take 23 us instead of 61, with AVX2 kernels 30 instead of 46.
+    5 rows of `tiny` with its vocabulary take 92 us instead of 161, 2 rows with AVX2 kernels 57 instead of 78.
     """
 
     __array_ufunc__ = None  # so that NumPy leaves x @ flipped to __rmatmul__
 
     def __init__(self, w):  # [n_out, n_in]
-        self.w = w
+        self.w, self.shape = w, w.shape[::-1]
 
-    def __rmatmul__(self, x):  # [..., n_in] -> [..., n_out]
-        rows = x.reshape(-1, x.shape[-1])
-        if not 1 < len(rows) <= MAX_FLIPPED:
-            return x @ self.w.T
-        return np.ascontiguousarray((self.w @ rows.T).T).reshape(*x.shape[:-1], -1)
+    def __rmatmul__(self, x):  # [n_rows, n_in] -> [n_rows, n_out]
+        return np.ascontiguousarray((self.w @ x.T).T) if 1 < len(x) <= MAX_FLIPPED else x @ self.w.T
 
 
 class Passes:
-    """How a model's passes are computed: whole, in parts of a prompt, or in shares of the heads and hidden units."""
+    """How a model's passes are computed: a step of one row with BLAS's threads, all others in shares for ours."""
 
     least_rows = 2  # of what is computed in shares; one row streams the weights as fast on BLAS's threads
-    least_part = 256  # rows of a prompt for each thread; with fewer, BLAS's threads are as fast
 
     def __init__(self, hparams: dict, params: dict):
         keep_freed_memory()
         self.params = params
         sizes = [block[part][name]["w"].size for block in params["blocks"] for part, name in PRODUCTS]
         self.is_large = min(sizes) >= MIN_SIZE
-        self.n_threads = count_threads()
-        self.shares = Shares(hparams, params, self.n_threads)
+        self.shares = Shares(hparams, params, count_threads())
 
     def beside_others(self) -> "Passes":
         """The same, but passes of one row leave BLAS's threads asleep too: another model's find the cores idle."""
@@ -61,13 +55,11 @@ class Passes:
             if not self.is_large:
                 with blas.held():
                     return gpt2(tokens, cache, n_last, lm_head=Flipped(self.params["wte"]), **self.params)
-            if cache.is_divisible and blas.controller:
-                is_few = self.least_rows <= tokens.size <= MAX_ROWS
-                if is_few and self.shares.are_ready({tokens.size, n_last * len(tokens)}, cache):
-                    return in_shares(gpt2, tokens, cache, n_last, self.shares)
-                if tokens.shape[1] >= self.least_part * self.n_threads > self.least_part:
-                    return in_parts(gpt2, tokens, cache, n_last, self.params, self.n_threads)
-            return gpt2(tokens, cache, n_last, **self.params)
+            if tokens.size < self.least_rows or not cache.is_divisible or not blas.controller:
+                return gpt2(tokens, cache, n_last, **self.params)
+            if tokens.size <= MAX_FEW:
+                self.shares.prepare({tokens.size, n_last * len(tokens)}, cache)
+            return in_shares(gpt2, tokens, cache, n_last, self.shares)
 
     def few_rows_pay(self, n_left: int) -> bool:
         """Whether n_left tokens are enough to earn back what passes of few rows need first."""

@@ -19,32 +19,32 @@ import numpy as np
 SMALL = 10**6 - 1  # multiply-adds up to which OpenBLAS uses its kernel for small matrices (its interface/gemm.c)
 
 
-class Packed:
-    """Some columns of a matrix, in panels: x @ packed is x @ w. `w` is a view, [n_groups, n_in, n_columns].
+class Matrix:
+    """Some columns of a matrix, `w` a view [n_groups, n_in, n_columns]: x @ matrix is x @ w, its groups side by side.
 
-    `panels` is memory of panels_shape(w, width) for `fill`, `ways` says how so many rows are multiplied.
+    `panels` is memory of panels_shape(w, width) for `fill`. `ways` says how so many rows are multiplied.
     """
 
-    __array_ufunc__ = None  # so that NumPy leaves x @ packed to __rmatmul__
+    __array_ufunc__ = None  # so that NumPy leaves x @ matrix to __rmatmul__
 
-    def __init__(self, w, panels, ways: dict):
-        self.w, self.ways = w, ways
-        self.panels = panels.reshape(-1, *panels.shape[2:])
+    def __init__(self, w, ways: dict, panels=None):
+        self.w, self.ways, self.panels = w, ways, panels
         self.shape = w.shape[1], w.shape[0] * w.shape[2]
 
-    def fill(self) -> None:
-        (n_groups, n_in, n_columns), width = self.w.shape, self.panels.shape[2]
-        n_whole, n_rest = divmod(n_columns, width)
-        panels = self.panels.reshape(n_groups, -1, n_in, width)
-        whole = self.w[..., : n_whole * width].reshape(n_groups, n_in, n_whole, width)
-        np.copyto(panels[:, :n_whole], whole.swapaxes(1, 2))
-        if n_rest:
-            panels[:, n_whole, :, :n_rest] = self.w[..., n_whole * width :]
-            panels[:, n_whole, :, n_rest:] = 0
+    def __rmatmul__(self, x):  # [n_rows, n_in] -> [n_rows, n_groups * n_columns]
+        return self.ways.get(len(x), as_it_lies)(x, self)
 
-    def __rmatmul__(self, x):  # [..., n_in] -> [..., n_groups * n_columns]
-        rows = x.reshape(-1, x.shape[-1])
-        return self.ways[len(rows)](rows, self).reshape(*x.shape[:-1], self.shape[1])
+    def fill(self) -> None:
+        (n_groups, n_in, n_columns), width = self.w.shape, self.panels.shape[3]
+        n_whole, n_rest = divmod(n_columns, width)
+        whole = self.w[..., : n_whole * width].reshape(n_groups, n_in, n_whole, width)
+        np.copyto(self.panels[:, :n_whole], whole.swapaxes(1, 2))
+        if n_rest:
+            self.panels[:, n_whole, :, :n_rest] = self.w[..., n_whole * width :]
+            self.panels[:, n_whole, :, n_rest:] = 0
+
+    def flat_panels(self):  # -> [n_panels of all groups, n_in, width]
+        return self.panels.reshape(-1, *self.panels.shape[2:])
 
     def columns(self, y):  # [n_rows, all columns of the panels] -> [n_rows, n_groups * n_columns]
         if y.shape[1] == self.shape[1]:
@@ -67,34 +67,36 @@ def n_pieces(n_rows: int, n_in: int, width: int) -> int:
     return next(n for n in range(1, n_in + 1) if n_in % n == 0 and (n_rows * n_in * width // n <= SMALL or n == n_in))
 
 
-def together(x, packed):  # [n_rows, n_in] -> [n_rows, n_out]
+def together(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]
     if len(x) == 1:  # else NumPy takes the product of one row, which is slow with panels so wide
-        return together(np.concatenate([x, np.zeros_like(x)]), packed)[:1]
-    n_panels, n_in, width = packed.panels.shape
+        return together(np.concatenate([x, np.zeros_like(x)]), matrix)[:1]
+    panels = matrix.flat_panels()
+    n_panels, n_in, width = panels.shape
     y = np.empty((len(x), n_panels * width), np.float32)
     by_panel = y.reshape(len(x), n_panels, width).swapaxes(0, 1)
     n_deep = n_pieces(len(x), n_in, width)
     if n_deep == 1:
-        np.matmul(x, packed.panels, out=by_panel)
+        np.matmul(x, panels, out=by_panel)
     else:
         x_pieces = x.reshape(len(x), n_deep, -1).swapaxes(0, 1)
-        np.add.reduce(x_pieces @ packed.panels.reshape(n_panels, n_deep, -1, width), axis=1, out=by_panel)
-    return packed.columns(y)
+        np.add.reduce(x_pieces @ panels.reshape(n_panels, n_deep, -1, width), axis=1, out=by_panel)
+    return matrix.columns(y)
 
 
-def in_fours(x, packed):  # as together, with rows of zeros up to a multiple of 4, which the AVX2 kernels are made for
-    return together(np.concatenate([x, np.zeros((-len(x) % 4, x.shape[1]), np.float32)]), packed)[: len(x)]
+def in_fours(x, matrix):  # as together, with rows of zeros up to a multiple of 4, which the AVX2 kernels are made for
+    return together(np.concatenate([x, np.zeros((-len(x) % 4, x.shape[1]), np.float32)]), matrix)[: len(x)]
 
 
-def row_by_row(x, packed):  # as together
+def row_by_row(x, matrix):  # as together
     # Not into an array in the order of y: NumPy would take all panels for one row first.
-    by_panel = x[:, None] @ packed.panels[:, None]  # [n_panels, n_rows, 1, width]
-    return packed.columns(by_panel.swapaxes(0, 1).reshape(len(x), -1))
+    by_panel = x[:, None] @ matrix.flat_panels()[:, None]  # [n_panels, n_rows, 1, width]
+    return matrix.columns(by_panel.swapaxes(0, 1).reshape(len(x), -1))
 
 
-def as_it_lies(x, packed):  # as together
-    y = x @ packed.w
-    return y[0] if len(y) == 1 else y.swapaxes(0, 1).reshape(len(x), -1)
+def as_it_lies(x, matrix):  # as together
+    y = np.empty((len(x), len(matrix.w), matrix.w.shape[2]), np.float32)
+    np.matmul(x, matrix.w, out=y.swapaxes(0, 1))
+    return y.reshape(len(x), -1)
 
 
 WIDTHS = {together: 64, row_by_row: 32}
@@ -102,26 +104,26 @@ WAYS = (together, in_fours, row_by_row, as_it_lies)
 N_TIMINGS = 3
 
 
-def seconds_to_fill(matrices: list[Packed]) -> float:
+def seconds_to_fill(matrices: list[Matrix]) -> float:
     started = time.perf_counter()
-    for packed in matrices:
-        packed.fill()
+    for matrix in matrices:
+        matrix.fill()
     return time.perf_counter() - started
 
 
-def seconds(way, n_rows: int, matrices: list[Packed]) -> float:
+def seconds(way, n_rows: int, matrices: list[Matrix]) -> float:
     """The least time of a product of n_rows rows with each of the matrices."""
-    pairs, times = [(np.ones((n_rows, packed.shape[0]), np.float32), packed) for packed in matrices], []
+    pairs, times = [(np.ones((n_rows, matrix.shape[0]), np.float32), matrix) for matrix in matrices], []
     for _ in range(N_TIMINGS):
         started = time.perf_counter()
-        for x, packed in pairs:
-            way(x, packed)
+        for x, matrix in pairs:
+            way(x, matrix)
         times.append(time.perf_counter() - started)
     return min(times)
 
 
-def seconds_in_panels(way, n_rows: int, w) -> float:
-    """The same for one matrix, in new panels as wide as suits this way."""
-    packed = Packed(w, np.empty(panels_shape(w, WIDTHS[way]), np.float32), {})
-    packed.fill()
-    return seconds(way, n_rows, [packed])
+def seconds_in_panels(way, n_rows: int, matrices: list[Matrix]) -> float:
+    """The same in new panels as wide as suits this way."""
+    copies = [Matrix(m.w, {}, np.empty(panels_shape(m.w, WIDTHS[way]), np.float32)) for m in matrices]
+    seconds_to_fill(copies)
+    return seconds(way, n_rows, copies)

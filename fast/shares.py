@@ -1,8 +1,8 @@
-"""A step of few rows, each thread computing whole layers for its own heads and its own hidden units.
+"""Passes in which each thread computes whole layers for its own heads and its own hidden units.
 
 A head's output goes through its own rows of attn/c_proj, a hidden unit's through its own row of mlp/c_proj, and the sum
 over all of them is the layer's output (Shoeybi et al. 2019, Megatron-LM, figure 3). So the threads meet twice a layer,
-to add up, and nothing else passes between them. Each has its share of the weights in panels (panels.py).
+to add up, and nothing else passes between them.
 """
 
 import math
@@ -15,16 +15,15 @@ from queue import SimpleQueue
 import numpy as np
 
 from fast.memory import available_bytes
-from fast.panels import WAYS, WIDTHS, Packed, panels_shape, seconds, seconds_in_panels, seconds_to_fill
+from fast.panels import WAYS, WIDTHS, Matrix, panels_shape, seconds, seconds_in_panels, seconds_to_fill
 from fast.threads import Stopped, run
 
-MAX_ROWS = 64
+PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
+MAX_FEW = 64  # rows for which panels can be faster than the weights as they lie
 N_ROWS_OF_WIDTH = 5  # the width of the panels is what suits so many rows best
 TRIAL_BYTES = 1 << 27  # packed first, to see how long it takes: more than caches hold
 TYPICAL_STEPS = 8  # that packing takes as long as; in memory that a virtual machine has not used before, 50 and more
 MIN_GAIN = 0.5  # steps of one row that packed weights save for each token, at least
-
-PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
 
 
 class Meeting:
@@ -32,17 +31,19 @@ class Meeting:
 
     def __init__(self, n: int):
         self.boxes = [[SimpleQueue() for _ in range(n)] for _ in range(n)]  # [to][from]
+        self.is_stopped = False
 
     def total(self, me, x):  # [...] -> [...], the sum over all threads, the same in each
         for thread, boxes in enumerate(self.boxes):
             if thread != me:
                 boxes[me].put(x)
         parts = [x if thread == me else box.get() for thread, box in enumerate(self.boxes[me])]
-        if any(part is None for part in parts):
+        if self.is_stopped:
             raise Stopped
         return sum(parts[1:], start=parts[0])
 
     def stop(self) -> None:
+        self.is_stopped = True
         for boxes in self.boxes:
             for box in boxes:
                 box.put(None)
@@ -56,7 +57,7 @@ def cut(n: int, n_parts: int, size: int) -> list[slice]:
 
 
 class Shares:
-    """A model's weights in shares, one for each thread, in panels once that pays."""
+    """A model's weights in shares, one for each thread: as they lie, and copied into panels once that pays."""
 
     def __init__(self, hparams: dict, params: dict, n_threads: int):
         self.params = params
@@ -66,30 +67,26 @@ class Shares:
         self.columns = [slice(heads.start * d_head, heads.stop * d_head) for heads in self.heads]
         self.units = cut(params["blocks"][0]["mlp"]["c_fc"]["w"].shape[1], n, 64)
         self.ids = cut(len(params["wte"]), n, 64)
-        self.packed: list[list[Packed]] = []  # by share, what matrices() names; none until that pays
-        self.params_of: list[dict] = []  # by share, as of a whole model
-        self.ways: dict = {}  # by the number of rows
+        self.ways: dict = {}  # by the number of rows; as they lie, where there is none
+        self.matrices = [self.matrices_of(i) for i in range(n)]
+        self.params_of = [self.share(i, iter(self.matrices[i])) for i in range(n)]
         self.lock = threading.Lock()
+        self.is_packed, self.has_room = False, True
         self.steps_to_pack = TYPICAL_STEPS  # what packing takes, in steps of one row
-        self.has_room = True
         self.report = "none, there were no steps of several rows"  # for --stats
 
-    def on_all(self, work) -> list:
-        """What work(i) returns, on the thread of each share i."""
-        return run([partial(work, i) for i in range(len(self.heads))])
-
-    def matrices(self, i: int) -> list[np.ndarray]:
-        """What share i multiplies with, views [n_groups, n_in, n_columns]: the four of each layer, then the output."""
+    def matrices_of(self, i: int) -> list[Matrix]:
+        """What share i multiplies with: the four of each layer, then the output."""
         heads, units, views = self.columns[i], self.units[i], []
         for block in self.params["blocks"]:
             c_attn, attn_proj, c_fc, mlp_proj = (block[part][name]["w"] for part, name in PRODUCTS)
             views.append(c_attn.reshape(len(c_attn), 3, -1).swapaxes(0, 1)[..., heads])
             views += [attn_proj[None, heads], c_fc[None, :, units], mlp_proj[None, units]]
-        return [*views, self.params["wte"][self.ids[i]].T[None]]
+        return [Matrix(w, self.ways) for w in [*views, self.params["wte"][self.ids[i]].T[None]]]
 
-    def share(self, i: int, packed: list[Packed]) -> dict:
-        """Params with the panels of share i. The first share adds the biases of what is summed up."""
-        blocks, w = [], iter(packed)
+    def share(self, i: int, w) -> dict:
+        """Params with the matrices w of share i. The first share adds the biases of what is summed up."""
+        blocks = []
         for block in self.params["blocks"]:
             c_attn, attn_proj, c_fc, mlp_proj = (block[part][name]["b"] for part, name in PRODUCTS)
             c_attn, c_fc = c_attn.reshape(3, -1)[:, self.columns[i]].ravel(), c_fc[self.units[i]]
@@ -100,41 +97,41 @@ class Shares:
             blocks.append(block | {"attn": attn, "mlp": mlp})
         return self.params | {"blocks": blocks, "lm_head": next(w)}
 
+    def on_all(self, work) -> list:
+        """What work(matrices) returns for each share, on its thread."""
+        return run([partial(work, matrices) for matrices in self.matrices])
+
     # ------------------------------------------------------------------------------------------------------------------
     # Packing
     # ------------------------------------------------------------------------------------------------------------------
 
-    def are_ready(self, row_counts: set[int], cache) -> bool:
-        """Whether a pass can go in shares. Packs the weights if that pays for what the cache has room for.
+    def prepare(self, row_counts: set[int], cache) -> None:
+        """Before a pass of few rows: pack the weights if that pays for what the cache has room for, choose products.
 
         Not before the first tokens, which would come later for it.
         """
         n_left = cache.n_ctx - cache.length
-        if not self.params_of and cache.length and self.has_room and self.pay(n_left):
+        if not self.is_packed and cache.length and self.has_room and self.pay(n_left):
             with self.lock: self.pack(n_left)  # fmt: skip  # noqa: E701  # one line: see Blas.held
-        if self.params_of:
+        if self.is_packed:
             for n_rows in row_counts - self.ways.keys():
-                self.ways[n_rows] = self.fastest(WAYS, partial(self.seconds_of_layer, n_rows))
-        return bool(self.params_of)
+                self.ways[n_rows] = self.fastest(WAYS, n_rows)
 
     def pay(self, n_left: int) -> bool:
         """Whether n_left tokens to come earn back what packing takes, where that is still to be done."""
-        return bool(self.params_of) or self.steps_to_pack <= MIN_GAIN * n_left
+        return self.is_packed or self.steps_to_pack <= MIN_GAIN * n_left
 
-    def seconds_of_layer(self, n_rows: int, way, i: int) -> float:
-        return seconds(way, n_rows, self.packed[i][: len(PRODUCTS)])
-
-    def fastest(self, ways, seconds):
-        """Of `ways` the one with the least seconds(way, i) over all shares i."""
-        times = [sum(self.on_all(partial(seconds, way))) for way in ways]
+    def fastest(self, ways, n_rows: int, seconds=seconds):
+        """Of `ways` the one that takes least for n_rows rows and the matrices of a layer."""
+        times = [sum(self.on_all(lambda m, way=way: seconds(way, n_rows, m[: len(PRODUCTS)]))) for way in ways]
         return ways[times.index(min(times))]
 
     def pack(self, n_left: int) -> None:
-        if self.params_of:  # by another thread meanwhile
+        if self.is_packed:  # by another thread meanwhile
             return
-        started, views = time.perf_counter(), [self.matrices(i) for i in range(len(self.heads))]
-        way = self.fastest(tuple(WIDTHS), lambda way, i: seconds_in_panels(way, N_ROWS_OF_WIDTH, views[i][2]))
-        shapes = [panels_shape(w, WIDTHS[way]) for share in views for w in share]
+        started, matrices = time.perf_counter(), [m for share in self.matrices for m in share]
+        way = self.fastest(tuple(WIDTHS), N_ROWS_OF_WIDTH, seconds_in_panels)
+        shapes = [panels_shape(m.w, WIDTHS[way]) for m in matrices]
         sizes = [math.prod(shape) for shape in shapes]
         n_bytes, available = 4 * sum(sizes), available_bytes()
         if available < 2 * n_bytes:  # the weights as they lie want room too, or the system drops them
@@ -142,26 +139,29 @@ class Shares:
             self.report = f"none, {n_bytes / 1e9:.1f} GB more do not fit in {available / 1e9:.1f} GB beside the weights"
             return
         memory = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])  # in one piece: large pages
-        panels = map(np.reshape, memory, shapes)
-        packed = [[Packed(w, next(panels), self.ways) for w in share] for share in views]
+        for matrix, panels, shape in zip(matrices, memory, shapes, strict=True):
+            matrix.panels = panels.reshape(shape)
         n_trial = len(PRODUCTS) * math.ceil(TRIAL_BYTES * len(self.params["blocks"]) / n_bytes)
-        seconds_to_pack = max(self.on_all(lambda i: seconds_to_fill(packed[i][:n_trial])))
-        self.steps_to_pack = seconds_to_pack / max(self.on_all(lambda i: seconds(way, 1, packed[i][:n_trial])))
+        seconds_to_pack = max(self.on_all(lambda m: seconds_to_fill(m[:n_trial])))
+        self.steps_to_pack = seconds_to_pack / max(self.on_all(lambda m: seconds(way, 1, m[:n_trial])))
         if not self.pay(n_left):
+            for matrix in matrices:
+                matrix.panels = None
             self.report = f"none, they take {self.steps_to_pack:.0f} steps to pack and {n_left} tokens were to come"
             return
-        self.on_all(lambda i: seconds_to_fill(packed[i][n_trial:]))
-        self.packed, self.params_of = packed, [self.share(i, packed[i]) for i in range(len(packed))]
+        self.on_all(lambda m: seconds_to_fill(m[n_trial:]))
+        self.is_packed = True
         self.report = f"{n_bytes / 1e9:.3f} GB, packed in {time.perf_counter() - started:.3f} s"
 
 
 def in_shares(gpt2, tokens, cache, n_last, shares: Shares):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
     """gpt2(tokens, cache, n_last), its heads, hidden units and logits shared out."""
     meeting = Meeting(len(shares.heads))
+    logits = np.empty((len(tokens), n_last, len(shares.params["wte"])), np.float32)
 
     def work(i):
         heads = type(cache)(cache.kv[:, :, :, shares.heads[i]], cache.length, cache.n_pad)
-        return gpt2(tokens, heads, n_last, total=partial(meeting.total, i), **shares.params_of[i])
+        logits[..., shares.ids[i]] = gpt2(tokens, heads, n_last, total=partial(meeting.total, i), **shares.params_of[i])
 
-    logits = run([partial(work, i) for i in range(len(shares.heads))], meeting.stop)
-    return np.concatenate(logits, axis=-1)
+    run([partial(work, i) for i in range(len(shares.heads))], meeting.stop)
+    return logits

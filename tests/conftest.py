@@ -40,12 +40,11 @@ def random_model(n_vocab=61, n_ctx=24, n_embd=24, n_head=3, n_layer=3, seed=0):
 
 
 def shared_out(model, n_threads=3, way=None, is_packed=True):
-    """The same model computed as a large one: few rows in shares, prompts of 4 tokens a thread in parts."""
+    """The same model computed as a large one, all but single rows in shares."""
     model = Model(model.hparams, model.params)
-    model.passes.is_large, model.passes.n_threads, model.passes.least_part = True, n_threads, 4
-    model.passes.shares = Shares(model.hparams, model.params, n_threads)
+    model.passes.is_large, model.passes.shares = True, Shares(model.hparams, model.params, n_threads)
     if way:
-        model.passes.shares.ways = dict.fromkeys(range(1, 65), way)
+        model.passes.shares.ways.update(dict.fromkeys(range(1, 65), way))
     if is_packed:
         model.passes.pack()
     return model

@@ -235,7 +235,7 @@ def test_padding_changes_no_logits():
     rng, small = np.random.default_rng(5), random_model(n_ctx=40)
     tokens, n_pad = rng.integers(61, size=(3, 36)), [0, 5, 35]
     found = []
-    for model, fill in ((small, 0), (small, 60), (shared_out(small, 2, is_packed=False), 0), (shared_out(small), 0)):
+    for model, fill in ((small, 0), (small, 60), (shared_out(small, 2, is_packed=False), 0), (shared_out(small), 60)):
         cache = model.new_cache(3)
         cache.n_pad = np.array(n_pad)
         filled = np.where(np.arange(36) < cache.n_pad[:, None], fill, tokens)

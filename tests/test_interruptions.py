@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, random_model, shared_out
 
 import fast
-from fast import panels, prompts, shares
+from fast import panels, shares
 from fast.threads import blas, forks
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and descriptors of POSIX")
@@ -37,10 +37,10 @@ SIGNALLING = """if True:
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# The same with threads of our own for few rows and for prompts of 30 tokens, on however many processors.
+# The same with threads of our own for all but single rows, on however many processors.
 THREADED = """if True:
     import fast, fast.shares
-    fast.MIN_SIZE, fast.Passes.least_part, fast.count_threads, fast.shares.MIN_GAIN = 1, 10, lambda: 3, 1e9
+    fast.MIN_SIZE, fast.count_threads, fast.shares.MIN_GAIN = 1, lambda: 3, 1e9
     import sys, cli, {module}
     cli.run({module}.main)
 """
@@ -139,7 +139,7 @@ def test_threads_never_outlive_the_program(module, number):
 # Ctrl-C at every line of what shares work between threads
 # ----------------------------------------------------------------------------------------------------------------------
 
-TRACED = {module.__file__ for module in (fast, fast.threads, panels, prompts, shares)}
+TRACED = {module.__file__ for module in (fast, fast.threads, panels, shares)}
 
 
 def interrupted_at(n, action) -> bool:
@@ -166,19 +166,18 @@ def interrupted_at(n, action) -> bool:
     return n_seen >= n
 
 
-@pytest.mark.parametrize("kind", ["a prompt in parts", "few rows in shares", "packing", "a small model"])
+@pytest.mark.parametrize("kind", ["rows in shares", "packing", "a small model"])
 def test_an_interrupt_at_any_line_leaves_nothing_stuck_locked_or_bound(kind):
     small = random_model(n_layer=2, n_ctx=20)
-    ids = [np.random.default_rng(0).integers(61, size=16 if kind == "a prompt in parts" else 4).tolist()]
+    ids = [[3, 1, 4, 1]]
     expected = small.forward(ids, small.new_cache())
     n_blas = blas.controller.get_num_threads() if blas.controller else None
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    models = {"a prompt in parts": shared_out(small, is_packed=False), "a small model": small}
     n_lines, wrong, untidy = 0, [], []
 
     def interrupt_everywhere():
         nonlocal n_lines
-        model, is_interrupted = models.get(kind) or shared_out(small), True
+        model, is_interrupted = small if kind == "a small model" else shared_out(small), True
         cache = model.new_cache()
         while is_interrupted:
             if kind == "packing":

@@ -1,6 +1,8 @@
 """Layers computed in shares of their heads and hidden units: the same numbers, and when weights are packed for that."""
 
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -35,6 +37,36 @@ def test_shares_add_up_to_the_whole(n_threads, n_batch):
     np.testing.assert_allclose(caches[0].kv[..., :33, :], caches[1].kv[..., :33, :], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("n_batch", [1, 2])
+@pytest.mark.parametrize("n_last", [1, 17, 90])
+def test_long_prompts_are_shared_out_too(n_batch, n_last):
+    whole = random_model(n_ctx=130)
+    model, ids = shared_out(whole, 2, is_packed=False), np.random.default_rng(1).integers(61, size=(n_batch, 130))
+    caches = [each.new_cache(n_batch) for each in (whole, model)]
+    for tokens in (ids[:, :100], ids[:, 100:]):
+        n_rows = min(n_last, tokens.shape[1])
+        expected, got = (each.forward(tokens, c, n_rows) for each, c in zip((whole, model), caches, strict=True))
+            each.forward(tokens, cache, n_rows) for each, cache in zip((whole, model), caches, strict=True)
+        )
+        assert got.shape == expected.shape and got.dtype == np.float32
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_new", [3, 30])
+def test_memory_of_a_cache_is_free_when_the_cache_is(n_new):
+    """Without the garbage collector: nothing that a pass made refers to itself."""
+    model = shared_out(random_model(n_ctx=40))
+    gc.disable()
+    try:
+        cache = model.new_cache()
+        model.forward([list(range(n_new))], cache)
+        kv = weakref.ref(cache.kv)
+        del cache
+        assert kv() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("n_new", [2, 3, 5, 8, 16])
 def test_the_model_gives_the_same_logits_whichever_way(way, n_new):
@@ -61,7 +93,7 @@ def test_a_draft_has_its_single_rows_in_shares_and_the_same_panels():
     draft = DraftModel(model, 3).model
     assert draft.passes.shares is model.passes.shares
     shares = []
-    model.passes.shares.are_ready = lambda row_counts, cache: shares.append(row_counts) or True
+    model.passes.shares.prepare = lambda row_counts, cache: shares.append(row_counts)
     model.forward([[1]], model.new_cache())
     assert not shares
     draft.forward([[1]], draft.new_cache())
@@ -90,7 +122,14 @@ def cheap(monkeypatch):
 
 
 def is_packed(model):
-    return bool(model.passes.shares.params_of)
+    return model.passes.shares.is_packed
+
+
+def test_panels_change_no_logits_by_more_than_rounding(large):
+    caches, ids = [large.new_cache() for _ in range(2)], [[1, 2, 3]]
+    before = large.forward(ids, caches[0], 3)
+    large.passes.pack()
+    np.testing.assert_allclose(large.forward(ids, caches[1], 3), before, rtol=0, atol=1e-4)
 
 
 def test_the_first_tokens_do_not_wait_for_packing(large, cheap):
@@ -216,4 +255,4 @@ def test_a_share_that_fails_stops_the_others_and_its_error_arrives(monkeypatch, 
 
 def test_a_whole_model_is_packed_into_one_piece_of_memory(large):
     large.passes.pack()
-    assert len({id(packed.panels.base) for share in large.passes.shares.packed for packed in share}) == 1
+    assert len({id(matrix.panels.base) for share in large.passes.shares.matrices for matrix in share}) == 1
