@@ -46,8 +46,6 @@ def test_long_prompts_are_shared_out_too(n_batch, n_last):
     for tokens in (ids[:, :100], ids[:, 100:]):
         n_rows = min(n_last, tokens.shape[1])
         expected, got = (each.forward(tokens, c, n_rows) for each, c in zip((whole, model), caches, strict=True))
-            each.forward(tokens, cache, n_rows) for each, cache in zip((whole, model), caches, strict=True)
-        )
         assert got.shape == expected.shape and got.dtype == np.float32
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
 
