@@ -125,7 +125,7 @@ def rows(
     model.forward([ids[:position]], kept)
     draft.forward([ids[:1]], drafted)
     for each in (model, draft):
-        each.passes.pack()
+        each.passes.shares.pack()
 
     def step(n, forward=model.forward):
         kept.length = position
@@ -146,13 +146,13 @@ def rows(
             (n, "plain"): partial(plain, n)
         }
     times = in_turn(actions, n_times)
-    base = np.median(times[1, "step"])
+    base, ways = np.median(times[1, "step"]), model.passes.shares.ways
     table = []
     for n in COUNTS:
         row = {"rows": n} | milliseconds(times[n, "step"])
         for column, kind in (("ratio", "step"), ("after_draft_ratio", "after_draft"), ("plain_ratio", "plain")):
             row[column] = round(np.median(times[n, kind]) / base, 2)
-        table.append(row | {"way": model.passes.way(n)})
+        table.append(row | {"way": ways[n].__name__ if n in ways else "x @ w"})
     table.append({"rows": "stream, 1"} | milliseconds(times["stream"]))
 
     def draw(axes):
@@ -171,7 +171,7 @@ def rows(
 def batch(model_size: str = "random:124M", models_dir: str = "models", *, n_tokens=100, n_times=3):
     """Tokens a second of 1 to 64 prompts of different lengths at once, and of one after another."""
     model = load_model(model_size, models_dir)
-    model.passes.pack()
+    model.passes.shares.pack()
     counts = (1, 2, 4, 8, 16, 32, 64)
     ids = random_ids(model, 20 * max(counts))
     prompts = [ids[20 * i : 20 * i + 5 + 7 * i % 16] for i in range(max(counts))]
@@ -503,7 +503,7 @@ def acceptance(
     """Speed-up at the published acceptance by draft length, and of whole texts with packing; real passes."""
     simulation = Simulation(load_model(target_size, models_dir), load_model(draft_size, models_dir), n_tokens)
     for model in (simulation.target, simulation.draft):
-        model.passes.pack()
+        model.passes.shares.pack()
     plain_steps, rounds, whole, adaptive = [], {n: [] for n in LENGTHS}, {n_short: [], n_tokens: []}, []
     identical = []
     for turn in range(n_times + 1):  # the first brings memory and threads, and is not counted

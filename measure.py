@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 import gpt2
-from fast import PRODUCTS
+from fast.shares import PRODUCTS
 from fast.threads import count_threads
 from utils import expected_shapes, load_encoder_hparams_and_params, nest_params
 
@@ -45,7 +45,7 @@ def random_ids(model: gpt2.Model, n: int) -> list[int]:
 def in_turn(actions: dict, n_times: int, is_warm: bool = False) -> dict[str, np.ndarray]:
     """Seconds of each action by its name, all of them in turn n_times, after one turn that is not counted.
 
-    An action that times only a part of what it does returns the seconds. `is_warm`: each is long enough to bring its
+    An action that times only a part of what it does returns the seconds, a float. `is_warm`: each is long enough to bring its
     weights and threads back by itself.
     """
     times: dict[str, list[float]] = {name: [] for name in actions}
@@ -57,7 +57,7 @@ def in_turn(actions: dict, n_times: int, is_warm: bool = False) -> dict[str, np.
             started = time.perf_counter()
             seconds = action()
             if turn:
-                times[name].append(time.perf_counter() - started if seconds is None else seconds)
+                times[name].append(seconds if isinstance(seconds, float) else time.perf_counter() - started)
     return {name: np.array(values) for name, values in times.items()}
 
 

@@ -9,7 +9,7 @@ import tempfile
 
 import numpy as np
 
-from fast import PRODUCTS
+from fast.shares import PRODUCTS
 from fast.threads import count_threads
 
 N_STEPS = 8  # tokens decoded one after another: the first after a pause takes longer than the others

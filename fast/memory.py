@@ -4,15 +4,13 @@ import os
 
 import numpy as np
 
-N_BYTES = 31 << 20
-
 
 def keep_freed_memory() -> None:
     """Keep freed memory in the process, so that the next array needs no page faults. Other systems: does nothing.
 
     Freeing one untouched 31 MB block raises glibc's limits to its size (mallopt(3), "dynamic mmap threshold").
     """
-    np.empty(N_BYTES, np.uint8)
+    np.empty(31 << 20, np.uint8)
 
 
 def first_number(path: str, name: str = "") -> float:

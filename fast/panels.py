@@ -2,13 +2,7 @@
 
 A product of a few rows with columns of a row-major w reads short runs, a whole row apart, which the processor does not
 fetch ahead, or has BLAS copy ("pack") all of w first, which takes longer than the product. A panel [n_in, width] is
-read from front to back. Which way is fastest depends on BLAS's kernels and the number of rows, and is timed once:
-
-- together, panels 64 wide: OpenBLAS has an AVX-512 kernel that packs nothing, for up to 10^6 multiply-adds.
-- row by row, panels 32 wide: without such a kernel. The panel stays in the cache while the rows take their turns.
-- as it lies: for more rows, where what BLAS packs is used often enough.
-
-docs/performance.md has the measurements.
+read from front to back. The fastest way depends on BLAS's kernels and the number of rows: docs/performance.md.
 """
 
 import time
@@ -43,9 +37,6 @@ class Matrix:
             self.panels[:, n_whole, :, :n_rest] = self.w[..., n_whole * width :]
             self.panels[:, n_whole, :, n_rest:] = 0
 
-    def flat_panels(self):  # -> [n_panels of all groups, n_in, width]
-        return self.panels.reshape(-1, *self.panels.shape[2:])
-
     def columns(self, y):  # [n_rows, all columns of the panels] -> [n_rows, n_groups * n_columns]
         if y.shape[1] == self.shape[1]:
             return y
@@ -56,22 +47,18 @@ def panels_shape(w, width):  # for [n_groups, n_in, n_columns]
     return w.shape[0], -(-w.shape[2] // width), w.shape[1], width
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The ways
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=1024)
 def n_pieces(n_rows: int, n_in: int, width: int) -> int:
     """Into how many pieces a panel's depth is cut so that each product is small: a divisor of n_in."""
     return next(n for n in range(1, n_in + 1) if n_in % n == 0 and (n_rows * n_in * width // n <= SMALL or n == n_in))
 
 
-def together(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]
+def together(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]; for kernels that pack nothing, as AVX-512's
     if len(x) == 1:  # else NumPy takes the product of one row, which is slow with panels so wide
         return together(np.concatenate([x, np.zeros_like(x)]), matrix)[:1]
-    panels = matrix.flat_panels()
-    n_panels, n_in, width = panels.shape
+    n_in, width = matrix.panels.shape[2:]
+    panels = matrix.panels.reshape(-1, n_in, width)
+    n_panels = len(panels)
     y = np.empty((len(x), n_panels * width), np.float32)
     by_panel = y.reshape(len(x), n_panels, width).swapaxes(0, 1)
     n_deep = n_pieces(len(x), n_in, width)
@@ -83,24 +70,20 @@ def together(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]
     return matrix.columns(y)
 
 
-def in_fours(x, matrix):  # as together, with rows of zeros up to a multiple of 4, which the AVX2 kernels are made for
-    return together(np.concatenate([x, np.zeros((-len(x) % 4, x.shape[1]), np.float32)]), matrix)[: len(x)]
-
-
-def row_by_row(x, matrix):  # as together
+def row_by_row(x, matrix):  # as together; for kernels that pack: the panel stays in the cache for all rows
     # Not into an array in the order of y: NumPy would take all panels for one row first.
-    by_panel = x[:, None] @ matrix.flat_panels()[:, None]  # [n_panels, n_rows, 1, width]
+    by_panel = x[:, None] @ matrix.panels.reshape(-1, 1, *matrix.panels.shape[2:])  # [n_panels, n_rows, 1, width]
     return matrix.columns(by_panel.swapaxes(0, 1).reshape(len(x), -1))
 
 
-def as_it_lies(x, matrix):  # as together
+def as_it_lies(x, matrix):  # as together; for so many rows that packing pays
     y = np.empty((len(x), len(matrix.w), matrix.w.shape[2]), np.float32)
     np.matmul(x, matrix.w, out=y.swapaxes(0, 1))
     return y.reshape(len(x), -1)
 
 
 WIDTHS = {together: 64, row_by_row: 32}
-WAYS = (together, in_fours, row_by_row, as_it_lies)
+WAYS = (together, row_by_row, as_it_lies)
 N_TIMINGS = 3
 
 

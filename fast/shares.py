@@ -6,10 +6,11 @@ to add up, and nothing else passes between them.
 """
 
 import math
+import sys
 import threading
 import time
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from queue import SimpleQueue
 
 import numpy as np
@@ -44,9 +45,8 @@ class Meeting:
 
     def stop(self) -> None:
         self.is_stopped = True
-        for boxes in self.boxes:
-            for box in boxes:
-                box.put(None)
+        for box in chain(*self.boxes):
+            box.put(None)
 
 
 def cut(n: int, n_parts: int, size: int) -> list[slice]:
@@ -68,42 +68,37 @@ class Shares:
         self.units = cut(params["blocks"][0]["mlp"]["c_fc"]["w"].shape[1], n, 64)
         self.ids = cut(len(params["wte"]), n, 64)
         self.ways: dict = {}  # by the number of rows; as they lie, where there is none
-        self.matrices = [self.matrices_of(i) for i in range(n)]
-        self.params_of = [self.share(i, iter(self.matrices[i])) for i in range(n)]
+        self.matrices: list[list[Matrix]] = [[] for _ in range(n)]  # by share: four of each layer, then the output's
+        self.params_of = [self.share(i) for i in range(n)]
+        self.n_bytes = sum(matrix.w.nbytes for matrices in self.matrices for matrix in matrices)
         self.lock = threading.Lock()
         self.is_packed, self.has_room = False, True
         self.steps_to_pack = TYPICAL_STEPS  # what packing takes, in steps of one row
         self.report = "none, there were no steps of several rows"  # for --stats
 
-    def matrices_of(self, i: int) -> list[Matrix]:
-        """What share i multiplies with: the four of each layer, then the output."""
-        heads, units, views = self.columns[i], self.units[i], []
-        for block in self.params["blocks"]:
-            c_attn, attn_proj, c_fc, mlp_proj = (block[part][name]["w"] for part, name in PRODUCTS)
-            views.append(c_attn.reshape(len(c_attn), 3, -1).swapaxes(0, 1)[..., heads])
-            views += [attn_proj[None, heads], c_fc[None, :, units], mlp_proj[None, units]]
-        return [Matrix(w, self.ways) for w in [*views, self.params["wte"][self.ids[i]].T[None]]]
+    def share(self, i: int) -> dict:
+        """Params with the matrices of share i, noted in `matrices`. The first adds the biases of what is summed up."""
+        heads, units, is_first = self.columns[i], self.units[i], np.float32(i == 0)
 
-    def share(self, i: int, w) -> dict:
-        """Params with the matrices w of share i. The first share adds the biases of what is summed up."""
+        def matrix(w):
+            self.matrices[i].append(Matrix(w, self.ways))
+            return self.matrices[i][-1]
+
         blocks = []
         for block in self.params["blocks"]:
-            c_attn, attn_proj, c_fc, mlp_proj = (block[part][name]["b"] for part, name in PRODUCTS)
-            c_attn, c_fc = c_attn.reshape(3, -1)[:, self.columns[i]].ravel(), c_fc[self.units[i]]
-            if i:
-                attn_proj = mlp_proj = np.float32(0)
-            attn = {"c_attn": {"w": next(w), "b": c_attn}, "c_proj": {"w": next(w), "b": attn_proj}}
-            mlp = {"c_fc": {"w": next(w), "b": c_fc}, "c_proj": {"w": next(w), "b": mlp_proj}}
+            c_attn, attn_proj, c_fc, mlp_proj = (block[part][name]["w"] for part, name in PRODUCTS)
+            b = [block[part][name]["b"] for part, name in PRODUCTS]
+            c_attn = {"w": matrix(c_attn.reshape(len(c_attn), 3, -1).swapaxes(0, 1)[..., heads])}
+            c_attn["b"] = b[0].reshape(3, -1)[:, heads].ravel()
+            attn = {"c_attn": c_attn, "c_proj": {"w": matrix(attn_proj[None, heads]), "b": b[1] * is_first}}
+            c_fc = {"w": matrix(c_fc[None, :, units]), "b": b[2][units]}
+            mlp = {"c_fc": c_fc, "c_proj": {"w": matrix(mlp_proj[None, units]), "b": b[3] * is_first}}
             blocks.append(block | {"attn": attn, "mlp": mlp})
-        return self.params | {"blocks": blocks, "lm_head": next(w)}
+        return self.params | {"blocks": blocks, "lm_head": matrix(self.params["wte"][self.ids[i]].T[None])}
 
     def on_all(self, work) -> list:
         """What work(matrices) returns for each share, on its thread."""
         return run([partial(work, matrices) for matrices in self.matrices])
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Packing
-    # ------------------------------------------------------------------------------------------------------------------
 
     def prepare(self, row_counts: set[int], cache) -> None:
         """Before a pass of few rows: pack the weights if that pays for what the cache has room for, choose products.
@@ -126,7 +121,7 @@ class Shares:
         times = [sum(self.on_all(lambda m, way=way: seconds(way, n_rows, m[: len(PRODUCTS)]))) for way in ways]
         return ways[times.index(min(times))]
 
-    def pack(self, n_left: int) -> None:
+    def pack(self, n_left: int = sys.maxsize) -> None:
         if self.is_packed:  # by another thread meanwhile
             return
         started, matrices = time.perf_counter(), [m for share in self.matrices for m in share]

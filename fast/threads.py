@@ -11,21 +11,20 @@ import time
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import cached_property
+from itertools import groupby
 
 
-def cpus_by_core() -> list[set[int]]:
-    """The processors this process may use, those of one physical core together."""
-    cores: dict[str, set[int]] = {}
-    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1):
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as f:
-                cores.setdefault(f.read(), set()).add(cpu)
-        except OSError:  # no Linux, or a sandbox: count every processor
-            cores[str(cpu)] = {cpu}
-    return list(cores.values())
+def core_of(cpu: int) -> str:
+    """A name that all processors of one physical core share."""
+    try:
+        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as f:
+            return f.read()
+    except OSError:  # no Linux, or a sandbox: count every processor
+        return str(cpu)
 
 
-CORES = cpus_by_core()
+CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+CORES = [set(cpus) for _, cpus in groupby(sorted(CPUS, key=core_of), key=core_of)]
 
 
 def count_threads() -> int:
@@ -62,7 +61,10 @@ def run(works: list[Callable[[], object]], stop: Callable[[], None] = bool) -> l
             stop()
             raise
 
-    crew = crews.pop() if crews else []
+    try:
+        crew = crews.pop()
+    except IndexError:
+        crew = []
     try:
         for i in range(len(crew), len(works)):
             crew.append(ThreadPoolExecutor(1, initializer=stay_on, initargs=[CORES[i % len(CORES)]]))
@@ -130,11 +132,10 @@ class Blas:
 
 
 class Forks:
-    """What keeps a fork and the forward passes of other threads apart.
+    """What keeps a fork and the forward passes of other threads apart, without a lock that Ctrl-C could leave locked.
 
     Before a fork OpenBLAS ends its threads, even where a product of another thread still waits for what they compute
-    (blas_thread_shutdown in driver/others/blas_server.c): that product would never end. There is no lock here, which
-    Ctrl-C could leave locked.
+    (blas_thread_shutdown in driver/others/blas_server.c): that product would never end.
     """
 
     POLL_S = 1e-3
@@ -162,7 +163,7 @@ class Forks:
         while self.passing:
             time.sleep(self.POLL_S)
 
-    def after(self) -> None:
+    def in_parent(self) -> None:
         self.forking.discard(threading.get_ident())
 
     def in_child(self) -> None:
@@ -175,4 +176,4 @@ class Forks:
 blas = Blas()
 forks = Forks()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=forks.before, after_in_parent=forks.after, after_in_child=forks.in_child)
+    os.register_at_fork(before=forks.before, after_in_parent=forks.in_parent, after_in_child=forks.in_child)

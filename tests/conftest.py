@@ -46,7 +46,7 @@ def shared_out(model, n_threads=3, way=None, is_packed=True):
     if way:
         model.passes.shares.ways.update(dict.fromkeys(range(1, 65), way))
     if is_packed:
-        model.passes.pack()
+        model.passes.shares.pack()
     return model
 
 

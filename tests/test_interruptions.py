@@ -40,7 +40,7 @@ SIGNALLING = """if True:
 # The same with threads of our own for all but single rows, on however many processors.
 THREADED = """if True:
     import fast, fast.shares
-    fast.MIN_SIZE, fast.count_threads, fast.shares.MIN_GAIN = 1, lambda: 3, 1e9
+    fast.MIN_BYTES, fast.count_threads, fast.shares.MIN_GAIN = 1, lambda: 3, 1e9
     import sys, cli, {module}
     cli.run({module}.main)
 """
@@ -182,13 +182,13 @@ def test_an_interrupt_at_any_line_leaves_nothing_stuck_locked_or_bound(kind):
         while is_interrupted:
             if kind == "packing":
                 model = shared_out(small, is_packed=False)
-            action = model.passes.pack if kind == "packing" else partial(model.forward, ids, cache)
+            action = model.passes.shares.pack if kind == "packing" else partial(model.forward, ids, cache)
             is_interrupted = interrupted_at(n_lines + 1, action)
             n_lines += is_interrupted
             is_held = bool(blas.holders or forks.passing or model.passes.shares.lock.locked() or blas.lock.locked())
             untidy.extend([n_lines] * is_held)  # by the lines that would have tidied up; the next pass does
             if kind == "packing":
-                model.passes.pack()
+                model.passes.shares.pack()
             cache.length = 0
             if not np.allclose(model.forward(ids, cache), expected, atol=1e-4):
                 wrong.append(n_lines)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fast import Flipped, few_row_scores
+from fast import few_row_scores
 from fast.panels import SMALL, WAYS, WIDTHS, Matrix, n_pieces, panels_shape
 from gpt2 import matmul
 
@@ -73,16 +73,6 @@ def test_pieces_divide_the_depth_and_are_small(n_rows):
             n = n_pieces(n_rows, n_in, width)
             assert n_in % n == 0 and n_rows * n_in // n * width <= SMALL
             assert n == 1 or any(n_rows * n_in // d * width > SMALL for d in range(1, n) if n_in % d == 0)
-
-
-def test_a_small_vocabulary_as_left_factor_gives_the_same():
-    rng = np.random.default_rng(0)
-    wte = rng.standard_normal((61, 24), np.float32)
-    for n_rows in (1, 2, 16, 17):
-        x = rng.standard_normal((n_rows, 24), np.float32)
-        y = x @ Flipped(wte)
-        assert y.flags.c_contiguous and y.dtype == np.float32
-        np.testing.assert_allclose(y, x @ wte.T, rtol=0, atol=1e-4)
 
 
 def test_scores_of_few_rows_are_those_of_many():

@@ -126,7 +126,7 @@ def is_packed(model):
 def test_panels_change_no_logits_by_more_than_rounding(large):
     caches, ids = [large.new_cache() for _ in range(2)], [[1, 2, 3]]
     before = large.forward(ids, caches[0], 3)
-    large.passes.pack()
+    large.passes.shares.pack()
     np.testing.assert_allclose(large.forward(ids, caches[1], 3), before, rtol=0, atol=1e-4)
 
 
@@ -252,5 +252,5 @@ def test_a_share_that_fails_stops_the_others_and_its_error_arrives(monkeypatch, 
 
 
 def test_a_whole_model_is_packed_into_one_piece_of_memory(large):
-    large.passes.pack()
+    large.passes.shares.pack()
     assert len({id(matrix.panels.base) for share in large.passes.shares.matrices for matrix in share}) == 1
