@@ -19,9 +19,9 @@ from itertools import product
 import numpy as np
 
 import cli
-from fast import Passes, few_row_scores
+from fast import Passes, times_transposed
 from kv_cache import MASKED, KVCache
-from sampling import NEAR_TIE, Sampler, check, for_text, greedy, is_whole, log_softmax, margin
+from sampling import Sampler, check, for_text, greedy, is_near_tie, is_whole, log_softmax
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
 N_FEW = 16  # queries that are attended at once, whatever the number of keys
@@ -121,7 +121,7 @@ def attend_block(q, k, v, padding):  # as attend
 
 def attention_scores(q, k, padding):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [..., n_rows, n_seq]
     n_rows, d_head = q.shape[-2:]
-    scores = few_row_scores(q * d_head**-0.5, k)
+    scores = times_transposed(q * d_head**-0.5, k)
     if n_rows > 1:
         scores[..., -n_rows:] += causal_mask(n_rows)
     if padding is not None:
@@ -352,7 +352,7 @@ def decode(model, cache, texts, n_tokens, samples, draft, slide_by, ended=(False
         for row, i in enumerate(rows):
             text = texts[i]
             for scores, guess in zip(logits[row], [*guesses, None], strict=True):
-                if together and margin(samples[i], scores, len(text)) < NEAR_TIE:
+                if together and is_near_tie(samples[i], scores, len(text)):
                     scores, guess = forward_alone(model, cache.row(row), text, start), None  # and the round ends
                 text.append(samples[i](scores, len(text)))
                 yield i, text[-1]

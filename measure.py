@@ -45,8 +45,8 @@ def random_ids(model: gpt2.Model, n: int) -> list[int]:
 def in_turn(actions: dict, n_times: int, is_warm: bool = False) -> dict[str, np.ndarray]:
     """Seconds of each action by its name, all of them in turn n_times, after one turn that is not counted.
 
-    An action that times only a part of what it does returns the seconds, a float. `is_warm`: each is long enough to bring its
-    weights and threads back by itself.
+    An action that times only a part of what it does returns the seconds, a float. `is_warm`: each is long enough to
+    bring its weights and threads back by itself.
     """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(n_times + 1):

@@ -18,9 +18,9 @@ from functools import partial
 import numpy as np
 
 Sampler = Callable[[np.ndarray, int], int]
-# Rows computed together round differently from a row computed alone: by up to 1e-4 with logits of the size of
-# GPT-2's (30 to 100). Two scores closer than this are therefore computed again, alone.
-NEAR_TIE = 1e-3
+# Rows computed together round differently from a row computed alone, by up to 3e-6 of the largest logit (tiny 1e-6, nano
+# 3e-6, the shapes of 124M 2e-6; 1e-4 with logits of 30 to 100). Scores closer than this are computed again, alone.
+NEAR_TIE = 2e-5  # of the largest logit
 
 
 def greedy(logits: np.ndarray, position: int) -> int:
@@ -44,6 +44,11 @@ def margin(sample: Sampler, logits: np.ndarray, position: int) -> float:
     best = int(scores.argmax())
     rest = max(scores[:best].max(initial=-np.inf), scores[best + 1 :].max(initial=-np.inf))
     return float(scores[best] - rest)
+
+
+def is_near_tie(sample: Sampler, logits: np.ndarray, position: int) -> bool:
+    """Whether rounding could make `sample` choose another token."""
+    return margin(sample, logits, position) < NEAR_TIE * float(max(logits.max(), -logits.min()))
 
 
 def log_softmax(x):  # [..., n] -> [..., n]

@@ -56,7 +56,7 @@ class Passes:
         return self.shares.report if self.is_large else "none, the model is small"
 
 
-def few_row_scores(q, k):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [..., n_rows, n_seq]
+def times_transposed(q, k):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [..., n_rows, n_seq]
     """q @ k.T; 2 to 8 rows one by one: with 900 keys, 137 us instead of 277 for 5 rows of 6 heads."""
     k = k.swapaxes(-1, -2)
     if 1 < q.shape[-2] <= 8:

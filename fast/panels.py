@@ -84,7 +84,6 @@ def as_it_lies(x, matrix):  # as together; for so many rows that packing pays
 
 WIDTHS = {together: 64, row_by_row: 32}
 WAYS = (together, row_by_row, as_it_lies)
-N_TIMINGS = 3
 
 
 def seconds_to_fill(matrices: list[Matrix]) -> float:
@@ -95,18 +94,16 @@ def seconds_to_fill(matrices: list[Matrix]) -> float:
 
 
 def seconds(way, n_rows: int, matrices: list[Matrix]) -> float:
-    """The least time of a product of n_rows rows with each of the matrices."""
-    pairs, times = [(np.ones((n_rows, matrix.shape[0]), np.float32), matrix) for matrix in matrices], []
-    for _ in range(N_TIMINGS):
-        started = time.perf_counter()
-        for x, matrix in pairs:
-            way(x, matrix)
-        times.append(time.perf_counter() - started)
-    return min(times)
+    """Of a product of n_rows rows with each of the matrices."""
+    pairs = [(np.ones((n_rows, matrix.shape[0]), np.float32), matrix) for matrix in matrices]
+    started = time.perf_counter()
+    for x, matrix in pairs:
+        way(x, matrix)
+    return time.perf_counter() - started
 
 
 def seconds_in_panels(way, n_rows: int, matrices: list[Matrix]) -> float:
-    """The same in new panels as wide as suits this way."""
-    copies = [Matrix(m.w, {}, np.empty(panels_shape(m.w, WIDTHS[way]), np.float32)) for m in matrices]
-    seconds_to_fill(copies)
-    return seconds(way, n_rows, copies)
+    """The same for the first of the matrices, in new panels as wide as suits this way."""
+    copy = Matrix(matrices[0].w, {}, np.empty(panels_shape(matrices[0].w, WIDTHS[way]), np.float32))
+    copy.fill()
+    return seconds(way, n_rows, [copy])

@@ -5,12 +5,13 @@ over all of them is the layer's output (Shoeybi et al. 2019, Megatron-LM, figure
 to add up, and nothing else passes between them.
 """
 
+import contextlib
 import math
 import sys
 import threading
 import time
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, cycle, pairwise
 from queue import SimpleQueue
 
 import numpy as np
@@ -22,6 +23,7 @@ from fast.threads import Stopped, run
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
 MAX_FEW = 64  # rows for which panels can be faster than the weights as they lie
 N_ROWS_OF_WIDTH = 5  # the width of the panels is what suits so many rows best
+N_TIMINGS = 3  # of each way
 TRIAL_BYTES = 1 << 27  # packed first, to see how long it takes: more than caches hold
 TYPICAL_STEPS = 8  # that packing takes as long as; in memory that a virtual machine has not used before, 50 and more
 MIN_GAIN = 0.5  # steps of one row that packed weights save for each token, at least
@@ -71,6 +73,7 @@ class Shares:
         self.matrices: list[list[Matrix]] = [[] for _ in range(n)]  # by share: four of each layer, then the output's
         self.params_of = [self.share(i) for i in range(n)]
         self.n_bytes = sum(matrix.w.nbytes for matrices in self.matrices for matrix in matrices)
+        self.layers = cycle(slice(4 * i, 4 * i + 4) for i in range(len(params["blocks"])))  # of `matrices`
         self.lock = threading.Lock()
         self.is_packed, self.has_room = False, True
         self.steps_to_pack = TYPICAL_STEPS  # what packing takes, in steps of one row
@@ -117,26 +120,35 @@ class Shares:
         return self.is_packed or self.steps_to_pack <= MIN_GAIN * n_left
 
     def fastest(self, ways, n_rows: int, seconds=seconds):
-        """Of `ways` the one that takes least for n_rows rows and the matrices of a layer."""
-        times = [sum(self.on_all(lambda m, way=way: seconds(way, n_rows, m[: len(PRODUCTS)]))) for way in ways]
-        return ways[times.index(min(times))]
+        """Of `ways` the one that takes least for n_rows rows: each time with another layer, which no cache holds."""
+        times: dict = {way: [] for way in ways}
+        for way in [*ways] * N_TIMINGS:
+            layer = next(self.layers)
+            times[way].append(sum(self.on_all(lambda m, way=way, layer=layer: seconds(way, n_rows, m[layer]))))
+        return min(ways, key=lambda way: min(times[way]))
+
+    def memory_for(self, n: int) -> np.ndarray | None:
+        """So many numbers in one piece, hence in large pages; None where they do not fit."""
+        n_gb, available_gb = 4 * n / 1e9, available_bytes() / 1e9
+        with contextlib.suppress(MemoryError):
+            if 2 * n_gb <= available_gb:  # twice: the weights as they lie want room too, or the system drops them
+                return np.empty(n, np.float32)
+        self.has_room, self.steps_to_pack = False, 0
+        self.report = f"none, {n_gb:.1f} GB more do not fit in {available_gb:.1f} GB beside the weights"
+        return None
 
     def pack(self, n_left: int = sys.maxsize) -> None:
         if self.is_packed:  # by another thread meanwhile
             return
         started, matrices = time.perf_counter(), [m for share in self.matrices for m in share]
-        way = self.fastest(tuple(WIDTHS), N_ROWS_OF_WIDTH, seconds_in_panels)
+        way = self.fastest(WIDTHS, N_ROWS_OF_WIDTH, seconds_in_panels)
         shapes = [panels_shape(m.w, WIDTHS[way]) for m in matrices]
         sizes = [math.prod(shape) for shape in shapes]
-        n_bytes, available = 4 * sum(sizes), available_bytes()
-        if available < 2 * n_bytes:  # the weights as they lie want room too, or the system drops them
-            self.has_room, self.steps_to_pack = False, 0
-            self.report = f"none, {n_bytes / 1e9:.1f} GB more do not fit in {available / 1e9:.1f} GB beside the weights"
+        if (memory := self.memory_for(sum(sizes))) is None:
             return
-        memory = np.split(np.empty(sum(sizes), np.float32), np.cumsum(sizes)[:-1])  # in one piece: large pages
-        for matrix, panels, shape in zip(matrices, memory, shapes, strict=True):
+        for matrix, panels, shape in zip(matrices, np.split(memory, np.cumsum(sizes)[:-1]), shapes, strict=True):
             matrix.panels = panels.reshape(shape)
-        n_trial = len(PRODUCTS) * math.ceil(TRIAL_BYTES * len(self.params["blocks"]) / n_bytes)
+        n_trial = len(PRODUCTS) * math.ceil(TRIAL_BYTES * len(self.params["blocks"]) / memory.nbytes)
         seconds_to_pack = max(self.on_all(lambda m: seconds_to_fill(m[:n_trial])))
         self.steps_to_pack = seconds_to_pack / max(self.on_all(lambda m: seconds(way, 1, m[:n_trial])))
         if not self.pay(n_left):
@@ -146,7 +158,7 @@ class Shares:
             return
         self.on_all(lambda m: seconds_to_fill(m[n_trial:]))
         self.is_packed = True
-        self.report = f"{n_bytes / 1e9:.3f} GB, packed in {time.perf_counter() - started:.3f} s"
+        self.report = f"{memory.nbytes / 1e9:.3f} GB, packed in {time.perf_counter() - started:.3f} s"
 
 
 def in_shares(gpt2, tokens, cache, n_last, shares: Shares):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]

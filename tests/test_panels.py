@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fast import few_row_scores
+from fast import times_transposed
 from fast.panels import SMALL, WAYS, WIDTHS, Matrix, n_pieces, panels_shape
 from gpt2 import matmul
 
@@ -75,8 +75,8 @@ def test_pieces_divide_the_depth_and_are_small(n_rows):
             assert n == 1 or any(n_rows * n_in // d * width > SMALL for d in range(1, n) if n_in % d == 0)
 
 
-def test_scores_of_few_rows_are_those_of_many():
+def test_few_rows_times_transposed_are_as_many():
     rng = np.random.default_rng(0)
     for n_rows in (1, 2, 8, 9):
         q, k = (rng.standard_normal((2, 3, n, 8), np.float32) for n in (n_rows, 50))
-        np.testing.assert_allclose(few_row_scores(q, k), q @ k.swapaxes(-1, -2), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(times_transposed(q, k), q @ k.swapaxes(-1, -2), rtol=0, atol=1e-5)

@@ -166,9 +166,15 @@ def test_packing_is_given_up_where_it_takes_too_long(large, monkeypatch):
     assert not large.checks_pay(119) and large.checks_pay(120)
 
 
-def test_panels_that_do_not_fit_are_left_out(large, cheap, monkeypatch):
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_panels_that_do_not_fit_are_left_out(large, cheap, monkeypatch, is_refused):
     expected = random_model(n_ctx=200).forward([[1, 2]], random_model(n_ctx=200).new_cache())
-    monkeypatch.setattr(fast.shares, "available_bytes", lambda: n_bytes(large.params))
+    if is_refused:
+        monkeypatch.setattr(fast.shares, "available_bytes", lambda: 1e30)
+        memory_for = large.passes.shares.memory_for
+        monkeypatch.setattr(large.passes.shares, "memory_for", lambda n: memory_for(1 << 60))
+    else:
+        monkeypatch.setattr(fast.shares, "available_bytes", lambda: n_bytes(large.params))
     cache = large.new_cache()
     for _ in range(2):
         cache.length = 0
