@@ -258,16 +258,16 @@ def components(model_size: str = "random:124M", models_dir: str = "models", *, n
 
         return run
 
-    originals = {name: getattr(gpt2, name) for name in ("embed", "layer_norm", "attend", "feed_forward", "linear")}
-    products = {3 * n_embd: "QKV product", n_embd: "projection"}
+    originals = {name: getattr(gpt2, name) for name in ("embed", "layer_norm", "attend", "feed_forward", "matmul")}
+    products = {3 * n_embd: "QKV product", n_embd: "projection", model.hparams["n_vocab"]: "output product"}
     table = []
     try:
         gpt2.embed = timed(lambda *_: "embedding", gpt2.embed)
         gpt2.layer_norm = timed(lambda *_: "layer norm", gpt2.layer_norm)
         gpt2.attend = timed(lambda *_: "attention", gpt2.attend)
         gpt2.feed_forward = timed(lambda *_: "MLP", gpt2.feed_forward)
-        gpt2.linear = timed(
-            lambda x, w, b: products.get(w.shape[1], "in MLP") if x.shape[-1] == n_embd else "in MLP", gpt2.linear
+        gpt2.matmul = timed(
+            lambda x, w: products.get(w.shape[1], "in MLP") if x.shape[-1] == n_embd else "in MLP", gpt2.matmul
         )
         for position in [max(1, n_ctx * i // 1024) for i in (1, 128, 256, 512, 768, 1000)]:
             kept = model.new_cache()

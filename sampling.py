@@ -18,8 +18,8 @@ from functools import partial
 import numpy as np
 
 Sampler = Callable[[np.ndarray, int], int]
-# Rows computed together round differently from a row computed alone, by up to 3e-6 of the largest logit (tiny 1e-6, nano
-# 3e-6, the shapes of 124M 2e-6; 1e-4 with logits of 30 to 100). Scores closer than this are computed again, alone.
+# Rows computed together round differently from a row computed alone, by up to 3e-6 of the largest logit (tiny 1e-6,
+# nano 3e-6, 124M's shapes 2e-6; 1e-4 with logits of 30 to 100). Scores closer than this are computed again, alone.
 NEAR_TIE = 2e-5  # of the largest logit
 
 

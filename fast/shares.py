@@ -73,7 +73,7 @@ class Shares:
         self.matrices: list[list[Matrix]] = [[] for _ in range(n)]  # by share: four of each layer, then the output's
         self.params_of = [self.share(i) for i in range(n)]
         self.n_bytes = sum(matrix.w.nbytes for matrices in self.matrices for matrix in matrices)
-        self.layers = cycle(slice(4 * i, 4 * i + 4) for i in range(len(params["blocks"])))  # of `matrices`
+        self.layers = cycle([slice(4 * i, 4 * i + 4) for i in range(len(params["blocks"]))])  # of `matrices`
         self.lock = threading.Lock()
         self.is_packed, self.has_room = False, True
         self.steps_to_pack = TYPICAL_STEPS  # what packing takes, in steps of one row

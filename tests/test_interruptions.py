@@ -202,7 +202,7 @@ def test_an_interrupt_at_any_line_leaves_nothing_stuck_locked_or_bound(kind):
     def noted():
         try:
             interrupt_everywhere()
-        except AssertionError as e:
+        except Exception as e:
             failures.append(e)
 
     thread = threading.Thread(target=noted, daemon=True)
