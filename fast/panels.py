@@ -54,8 +54,8 @@ def n_pieces(n_rows: int, n_in: int, width: int) -> int:
 
 
 def together(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]; for kernels that pack nothing, as AVX-512's
-    if len(x) == 1:  # else NumPy takes the product of one row, which is slow with panels so wide
-        return together(np.concatenate([x, np.zeros_like(x)]), matrix)[:1]
+    if len(x) in (1, 3):  # NumPy's product of one row is slow with panels so wide, and the kernel is made for 2 and 4
+        return together(np.concatenate([x, np.zeros_like(x[:1])]), matrix)[:-1]
     n_in, width = matrix.panels.shape[2:]
     panels = matrix.panels.reshape(-1, n_in, width)
     n_panels = len(panels)
