@@ -52,7 +52,7 @@ class DraftModel:
         self.n_draft = n_draft
         self.sample = sample
         self.min_confidence = min_confidence
-        self.cache = self.model.new_cache(n_seq=0)
+        self.cache = self.model.new_cache()
         self.start = 0  # the first token that the cache holds: it keeps the newest when its context is full
         self.fed: list[int] = []  # the text from there to the newest token that it holds
 
@@ -61,8 +61,6 @@ class DraftModel:
         n_guesses = min(n_max, self.n_draft, n_ctx // 2)
         if n_guesses < 1:
             return []
-        if self.cache.n_ctx < (n_seq := min(n_ctx, len(tokens) + n_max)):  # room for the text and no more, to see if
-            self.cache, self.start, self.fed = self.model.new_cache(n_seq=n_seq), 0, []  # packed weights would pay
         n_same = common_length(self.fed, tokens[self.start : -1])
         # The newest token is fed now; each guess but the last is fed to make the next.
         if (self.start and not n_same) or len(tokens) - self.start + n_guesses - 1 > n_ctx:
