@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor  # before `forks` is registered, or a fork takes its lock first
 from contextvars import copy_context
 from functools import cached_property
 from itertools import groupby
@@ -51,8 +52,6 @@ def run(works: list[Callable[[], object]], stop: Callable[[], None] = bool) -> l
 
     `stop` makes those that wait for each other raise Stopped. It is called when one fails, and on Ctrl-C.
     """
-    from concurrent.futures import ThreadPoolExecutor  # 5 ms, and small models need none
-
     def stopping_others(work):
         try:
             with blas.held():  # here, where Ctrl-C does not come
