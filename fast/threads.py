@@ -52,6 +52,7 @@ def run(works: list[Callable[[], object]], stop: Callable[[], None] = bool) -> l
 
     `stop` makes those that wait for each other raise Stopped. It is called when one fails, and on Ctrl-C.
     """
+
     def stopping_others(work):
         try:
             with blas.held():  # here, where Ctrl-C does not come
