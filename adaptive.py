@@ -53,10 +53,11 @@ class Adaptive:
         is_first = not self.n_before or len(tokens) <= self.n_before
         if not is_first:
             self.learn(tokens, now - self.asked)
-        n = self.n_wanted if self.pays(n_max) else 0
+        can_pay = self.pays(n_max)
+        n = self.n_wanted if can_pay else 0
         if n:
             self.n_retry = self.RETRY
-        elif self.n_idle >= self.n_retry and self.pays(n_max):
+        elif can_pay and self.n_idle >= self.n_retry:
             n, self.n_retry = 1, 2 * self.n_retry
         self.n_idle = 0 if n else self.n_idle + 1
         self.guesses = self.drafter(tokens, min(n, n_max)) if n and not is_first else []

@@ -453,7 +453,7 @@ class Simulation:
     def __init__(self, target, draft, n_tokens):
         self.target, self.draft = target, draft
         self.prompt = random_ids(target, 10)
-        self.plain_ids, self.plain_seconds = self.timed(n_tokens)
+        self.plain_ids, _ = self.timed(n_tokens)
 
     def timed(self, n_tokens, drafter=None):
         """(ids, seconds after the first, for which both ways take a pass over the prompt)"""

@@ -1,7 +1,7 @@
 """Threads of our own, one on each core, and BLAS held to one thread while they work.
 
 BLAS's own threads share a single product. They spin for up to 0.1 s after each, and a product of few rows is over
-before they are awake. These threads share whole forward passes instead (shares.py, prompts.py); their caller waits.
+before they are awake. These threads share whole forward passes instead (shares.py); their caller waits.
 """
 
 import contextlib
