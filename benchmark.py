@@ -119,7 +119,7 @@ def rows(
 ):
     """A step of 1 to 64 rows: again and again, after steps of a draft, and with plain products."""
     model = load_model(model_size, models_dir)
-    draft = (model if draft_model_size == model_size else load_model(draft_model_size, models_dir)).as_draft()
+    draft = model if draft_model_size == model_size else load_model(draft_model_size, models_dir)
     ids = random_ids(model, position + max(COUNTS))
     kept, drafted = model.new_cache(), draft.new_cache()
     model.forward([ids[:position]], kept)
@@ -524,7 +524,7 @@ def acceptance(
             ids, seconds = simulation.timed(n, drafter)
             times.append(seconds / (n - 1))
             identical.append(ids == simulation.plain_ids[:n])
-        print(f"turn {turn} of {n_times}: {simulation.target.passes.report}", file=sys.stderr)
+        print(f"turn {turn} of {n_times}: {simulation.target.passes.shares.report}", file=sys.stderr)
     steps = np.array(plain_steps[1:])
     table = [{"guesses": 0, "speedup": 1.0, "seconds_a_round": round(float(np.median(steps)), 4)}]
     cost = {}

@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
     interrupts.end_quietly()  # before the other imports, which take most of a short run
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -189,12 +188,6 @@ class Model:
         self.params = params
         self.passes = Passes(hparams, params)
 
-    def as_draft(self) -> "Model":
-        """The same model, for steps that alternate with those of another."""
-        draft = copy.copy(self)
-        draft.passes = self.passes.beside_others()
-        return draft
-
     def checks_pay(self, n_left: int) -> bool:
         """Whether passes of several rows can cost little more than those of one, with n_left tokens to come."""
         return self.passes.few_rows_pay(n_left)
@@ -205,12 +198,13 @@ class Model:
         n_seq = self.hparams["n_ctx"] if n_seq is None else min(n_seq, self.hparams["n_ctx"])
         return KVCache(np.empty((self.hparams["n_layer"], 2, n_batch, n_head, n_seq, d_head), np.float32))
 
-    def forward(self, tokens, cache: KVCache, n_last: int = 1) -> np.ndarray:
+    def forward(self, tokens, cache: KVCache, n_last: int = 1, plainly: bool = False) -> np.ndarray:
         """Feed `tokens`, int[n_batch, n_new], after those in `cache`; return float32[n_batch, n_last, n_vocab].
 
         Row i of the result scores the token after the (n_new - n_last + i)-th new one. The cache then holds the new
-        tokens too. ValueError: no token, an id outside the vocabulary, more tokens than the cache has room for, more
-        rows than tokens, or logits that are NaN or infinite.
+        tokens too. `plainly`: round as a pass of one row does that uses no packed weights. ValueError: no token, an id
+        outside the vocabulary, more tokens than the cache has room for, more rows than tokens, or logits that are NaN
+        or infinite.
         """
         tokens = np.asarray(tokens)
         n_vocab, n_ctx = self.hparams["n_vocab"], cache.n_ctx
@@ -225,7 +219,7 @@ class Model:
             raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {n_vocab - 1}")
         if cache.length + n_new > n_ctx:
             raise ValueError(f"{cache.length} tokens and {n_new} more exceed the context of {n_ctx}; feed fewer")
-        logits = self.passes(gpt2, tokens, cache, n_last)
+        logits = self.passes(gpt2, tokens, cache, n_last, plainly)
         if not np.isfinite(logits).all():
             causes = "; ".join(bad_weights(self.params)) or "finite weights, so sums overflow"
             raise ValueError(f"{describe_bad(logits)} among the logits: {causes}; utils.py verify checks a model")
@@ -348,11 +342,11 @@ def decode(model, cache, texts, n_tokens, samples, draft, slide_by, ended=(False
         guesses = draft(texts[rows[0]], n_room) if draft else []
         new = [padded(texts[i][start:], n_text - start)[cache.length :] + guesses for i in rows]
         logits = model.forward(new, cache, n_last=len(guesses) + 1)
-        together = len(rows) + len(guesses) > 1
+        is_exact = model.passes.are_plain(len(rows) + len(guesses))
         for row, i in enumerate(rows):
             text = texts[i]
             for scores, guess in zip(logits[row], [*guesses, None], strict=True):
-                if together and is_near_tie(samples[i], scores, len(text)):
+                if not is_exact and is_near_tie(samples[i], scores, len(text)):
                     scores, guess = forward_alone(model, cache.row(row), text, start), None  # and the round ends
                 text.append(samples[i](scores, len(text)))
                 yield i, text[-1]
@@ -368,7 +362,7 @@ def decode(model, cache, texts, n_tokens, samples, draft, slide_by, ended=(False
 
 def forward_alone(model, cache, tokens, start):  # -> [n_vocab]
     cache.length = len(tokens) - 1 - start
-    return model.forward([tokens[-1:]], cache)[0, 0]
+    return model.forward([tokens[-1:]], cache, plainly=True)[0, 0]
 
 
 def score(model: Model, ids: Sequence[int]) -> np.ndarray:

@@ -48,7 +48,7 @@ class DraftModel:
     """
 
     def __init__(self, model: Model, n_draft: int, sample: Sampler = greedy, min_confidence: float = 0.0):
-        self.model = model.as_draft()
+        self.model = model
         self.n_draft = n_draft
         self.sample = sample
         self.min_confidence = min_confidence
@@ -191,12 +191,12 @@ class MarginRecorder:
 
 
 def one_row_seconds(model: Model) -> float:
-    """What a plain step takes at the beginning of the context, where it takes least."""
+    """What a step without packed weights takes at the beginning of the context, where it takes least."""
     cache = model.new_cache()
     times = []
     for _ in range(6):
         started = time.perf_counter()
-        model.forward([[0]], cache)
+        model.forward([[0]], cache, plainly=True)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
 
@@ -221,7 +221,10 @@ def summarize(recorder: Recorder, tokens: list[int], n_prompt: int, ticks: list[
     }
     if n_new > 1:  # after the first token, which both ways take a pass over the prompt for
         summary["speedup_over_plain_steps"] = round((n_new - 1) * plain / (ticks[-1] - ticks[1]), 3)
-    return summary | {"weights_in_panels": target.passes.report, "peak_memory_gb": round(peak_memory_gb() or 0, 3)}
+    return summary | {
+        "weights_in_panels": target.passes.shares.report,
+        "peak_memory_gb": round(peak_memory_gb() or 0, 3),
+    }
 
 
 def painted(texts: Iterator[str], recorder: Recorder, tokens: list[int]) -> Iterator[str]:

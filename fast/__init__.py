@@ -3,8 +3,6 @@
 What is computed is in gpt2.py alone. Here is decided which thread computes what, and in what order weights lie.
 """
 
-import copy
-
 import numpy as np
 
 from fast.memory import keep_freed_memory
@@ -15,9 +13,7 @@ MIN_BYTES = 1 << 26  # of weights; smaller models, as the embedded ones, are in 
 
 
 class Passes:
-    """How a model's passes are computed: a step of one row with BLAS's threads, all others in shares for ours."""
-
-    least_rows = 2  # of what is computed in shares; one row streams the weights as fast on BLAS's threads
+    """How a model's passes are computed: in shares for our threads, or one row with plain products on BLAS's."""
 
     def __init__(self, hparams: dict, params: dict):
         keep_freed_memory()
@@ -26,21 +22,20 @@ class Passes:
         if not self.is_large:
             # BLAS packs a transpose: 5 rows of `tiny` with its vocabulary take 83 us instead of 165.
             params = params | {"lm_head": np.ascontiguousarray(params["wte"].T)}
+            self.shares.report = "none, the model is small"
         self.params = params
 
-    def beside_others(self) -> "Passes":
-        """The same, but passes of one row leave BLAS's threads asleep too: another model's find the cores idle."""
-        passes = copy.copy(self)
-        passes.least_rows = 1
-        return passes
+    def are_plain(self, n_rows: int) -> bool:
+        """Whether passes of so many rows use plain products of one row, which round alike in every process."""
+        return n_rows == 1 and not (self.is_large and self.shares.is_packed)
 
-    def __call__(self, gpt2, tokens, cache, n_last):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
+    def __call__(self, gpt2, tokens, cache, n_last, plainly):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
         """gpt2(tokens, cache, n_last, **params)"""
         with forks.wait_for_pass(), np.errstate(invalid="ignore", over="ignore"):  # the caller looks at the logits
             if not self.is_large:
                 with blas.held():
                     return gpt2(tokens, cache, n_last, **self.params)
-            if tokens.size < self.least_rows or not cache.is_divisible or not blas.controller:
+            if plainly or self.are_plain(tokens.size) or not cache.is_divisible or not blas.controller:
                 return gpt2(tokens, cache, n_last, **self.params)
             if tokens.size <= MAX_FEW:
                 self.shares.prepare({tokens.size, n_last * len(tokens)}, cache)
@@ -49,11 +44,6 @@ class Passes:
     def few_rows_pay(self, n_left: int) -> bool:
         """Whether n_left tokens are enough to earn back what passes of few rows need first."""
         return not self.is_large or self.shares.pay(n_left)
-
-    @property
-    def report(self) -> str:
-        """For --stats: the weights in panels and how long it took to pack them, or why there are none."""
-        return self.shares.report if self.is_large else "none, the model is small"
 
 
 def times_transposed(q, k):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [..., n_rows, n_seq]

@@ -77,7 +77,7 @@ class Shares:
         self.lock = threading.Lock()
         self.is_packed, self.has_room = False, True
         self.steps_to_pack = TYPICAL_STEPS  # what packing takes, in steps of one row
-        self.report = "none, there were no steps of several rows"  # for --stats
+        self.report = "none, there were no steps of several rows"  # for --stats: what is packed, or why nothing is
 
     def share(self, i: int) -> dict:
         """Params with the matrices of share i, noted in `matrices`. The first adds the biases of what is summed up."""

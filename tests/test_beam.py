@@ -95,10 +95,10 @@ class Spied(Model):
         super().__init__(model.hparams, model.params)
         self.shapes = []
 
-    def forward(self, tokens, cache, n_last=1):
+    def forward(self, tokens, cache, n_last=1, plainly=False):
         self.shapes.append(np.shape(tokens))
         self.cache = cache
-        return super().forward(tokens, cache, n_last)
+        return super().forward(tokens, cache, n_last, plainly)
 
 
 def test_the_prompt_is_fed_once_and_then_a_token_a_beam():

@@ -25,9 +25,9 @@ class Counting(Model):
         super().__init__(model.hparams, model.params)
         self.shapes = []
 
-    def forward(self, tokens, cache, n_last=1):
+    def forward(self, tokens, cache, n_last=1, plainly=False):
         self.shapes.append(np.shape(tokens))
-        return super().forward(tokens, cache, n_last)
+        return super().forward(tokens, cache, n_last, plainly)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -199,9 +199,9 @@ class Counting(Model):
         super().__init__(model.hparams, model.params)
         self.fed = []
 
-    def forward(self, tokens, cache, n_last=1):
+    def forward(self, tokens, cache, n_last=1, plainly=False):
         self.fed.append(len(tokens[0]))
-        return super().forward(tokens, cache, n_last)
+        return super().forward(tokens, cache, n_last, plainly)
 
 
 class Letters:
@@ -269,11 +269,11 @@ def test_an_interrupt_leaves_a_text_to_go_on_with(monkeypatch, capsys, n_before)
     class Interrupted(Model):
         n_calls = 0
 
-        def forward(self, tokens, cache, n_last=1):
+        def forward(self, tokens, cache, n_last=1, plainly=False):
             self.n_calls += 1
             if self.n_calls == n_before:
                 raise KeyboardInterrupt
-            return super().forward(tokens, cache, n_last)
+            return super().forward(tokens, cache, n_last, plainly)
 
     interrupted = Interrupted(model.hparams, model.params)
     monkeypatch.setattr(interactive, "lines", lambda: iter(["abc", ""]))

@@ -11,9 +11,8 @@ from conftest import random_model, shared_out
 import fast.shares
 import gpt2
 from fast.panels import WAYS
-from fast.shares import MIN_GAIN, TYPICAL_STEPS, Meeting, cut
+from fast.shares import MIN_GAIN, TYPICAL_STEPS, Meeting, Shares, cut
 from fast.threads import Stopped, blas, crews
-from speculative import DraftModel
 from stats import n_bytes
 
 pytest.importorskip("threadpoolctl", reason="without threadpoolctl nothing is computed in shares")
@@ -86,16 +85,32 @@ def test_cuts_cover_everything_once_as_equally_as_can_be(n, n_parts, size):
     assert max(sizes) - min(sizes) <= 2 * size
 
 
-def test_a_draft_has_its_single_rows_in_shares_and_the_same_panels():
-    model = shared_out(random_model(n_ctx=40), way=WAYS[0])
-    draft = DraftModel(model, 3).model
-    assert draft.passes.shares is model.passes.shares
-    shares = []
-    model.passes.shares.prepare = lambda row_counts, cache: shares.append(row_counts)
-    model.forward([[1]], model.new_cache())
-    assert not shares
-    draft.forward([[1]], draft.new_cache())
-    assert shares == [{1}]
+def test_single_rows_use_panels_where_there_are_some_unless_asked_otherwise(monkeypatch):
+    whole, model = random_model(n_ctx=40), shared_out(random_model(n_ctx=40), is_packed=False)
+    rows_in_shares = []
+    prepare = Shares.prepare
+    monkeypatch.setattr(
+        Shares, "prepare", lambda self, counts, c: (rows_in_shares.append(counts), prepare(self, counts, c))
+    )
+    expected = whole.forward([[7]], whole.new_cache())
+    assert np.array_equal(model.forward([[7]], model.new_cache()), expected) and model.passes.are_plain(1)
+    model.passes.shares.pack()
+    np.testing.assert_allclose(model.forward([[7]], model.new_cache()), expected, rtol=0, atol=1e-4)
+    assert rows_in_shares == [{1}] and not model.passes.are_plain(1) and not whole.passes.are_plain(2)
+    assert np.array_equal(model.forward([[7]], model.new_cache(), plainly=True), expected) and rows_in_shares == [{1}]
+
+
+def test_near_ties_of_single_rows_in_panels_are_settled_by_a_plain_pass(monkeypatch):
+    model, plainly = shared_out(random_model(n_ctx=40)), []
+    forward = gpt2.Model.forward
+    monkeypatch.setattr(gpt2, "is_near_tie", lambda sample, scores, position: position == 5)
+    monkeypatch.setattr(
+        gpt2.Model,
+        "forward",
+        lambda *args, **kwargs: (plainly.append("plainly" in kwargs), forward(*args, **kwargs))[1],
+    )
+    assert len(list(gpt2.generate(model, [1, 2, 3], 5))) == 5
+    assert plainly == [False, False, False, True, False, False]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,9 +148,9 @@ def test_panels_change_no_logits_by_more_than_rounding(large):
 def test_the_first_tokens_do_not_wait_for_packing(large, cheap):
     cache = large.new_cache()
     large.forward([[1, 2, 3]], cache)
-    assert not is_packed(large) and "no steps of several rows" in large.passes.report
+    assert not is_packed(large) and "no steps of several rows" in large.passes.shares.report
     large.forward([[1, 2]], cache)
-    assert is_packed(large) and "GB, packed in 0.0" in large.passes.report
+    assert is_packed(large) and "GB, packed in 0.0" in large.passes.shares.report
     large.forward([[1]], large.new_cache())
 
 
@@ -162,7 +177,7 @@ def test_packing_is_given_up_where_it_takes_too_long(large, monkeypatch):
     cache = large.new_cache(n_seq=103)
     large.forward([[1, 2, 3]], cache)
     large.forward([[1, 2]], cache)
-    assert not is_packed(large) and "take 60 steps to pack and 100 tokens were to come" in large.passes.report
+    assert not is_packed(large) and "take 60 steps to pack and 100 tokens were to come" in large.passes.shares.report
     assert not large.checks_pay(119) and large.checks_pay(120)
 
 
@@ -180,7 +195,7 @@ def test_panels_that_do_not_fit_are_left_out(large, cheap, monkeypatch, is_refus
         cache.length = 0
         large.forward([[1, 2, 3]], cache)
         large.forward([[1, 2]], cache)
-    assert not is_packed(large) and "do not fit in" in large.passes.report
+    assert not is_packed(large) and "do not fit in" in large.passes.shares.report
     assert large.checks_pay(1)  # as far as that is known; what pays is measured then
     np.testing.assert_allclose(large.forward([[1, 2]], large.new_cache()), expected, atol=1e-4)
 
@@ -189,14 +204,13 @@ def test_without_threadpoolctl_products_are_plain(cheap, monkeypatch):
     model = random_model(n_ctx=40)
     monkeypatch.setattr(blas, "controller", None)
     large = shared_out(model, is_packed=False)
-    for each in (large, large.as_draft()):
-        cache = each.new_cache()
-        each.forward([[1, 2, 3]], cache)
-        each.forward([[4, 5]], cache)
-        each.forward([[6]], cache)
-        assert not is_packed(large)
-        expected = model.forward([[1, 2, 3, 4, 5, 6, 7]], model.new_cache())
-        np.testing.assert_allclose(each.forward([[7]], cache), expected, rtol=0, atol=1e-4)
+    cache = large.new_cache()
+    large.forward([[1, 2, 3]], cache)
+    large.forward([[4, 5]], cache)
+    large.forward([[6]], cache)
+    assert not is_packed(large)
+    expected = model.forward([[1, 2, 3, 4, 5, 6, 7]], model.new_cache())
+    np.testing.assert_allclose(large.forward([[7]], cache), expected, rtol=0, atol=1e-4)
 
 
 def test_a_cache_that_looks_is_not_divided():

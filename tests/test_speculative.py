@@ -232,8 +232,8 @@ def test_lookup_goes_on_as_before():
 class NoisyTarget(Model):
     """A target whose rows round much differently when computed together, as they do a little in any BLAS."""
 
-    def forward(self, tokens, cache, n_last=1):
-        logits = super().forward(tokens, cache, n_last)
+    def forward(self, tokens, cache, n_last=1, plainly=False):
+        logits = super().forward(tokens, cache, n_last, plainly)
         if n_last > 1:
             noise = np.random.default_rng(cache.length).uniform(-8e-6, 8e-6, logits.shape) * np.abs(logits).max()
             logits += noise.astype(np.float32)
