@@ -14,11 +14,10 @@ import os
 import reprlib
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import numpy as np
-
-from checkpoint import data_path, read_checkpoint, read_index, verify_checkpoint
+from checkpoints.tensorflow import data_path, read_checkpoint, read_index, verify_checkpoint
+from checkpoints.weights import check_finite, expected_shapes, nest_params
 from encoder import Encoder, get_encoder
 
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
@@ -110,56 +109,6 @@ def read_hparams(path: str) -> dict[str, int]:
     return hparams
 
 
-def expected_shapes(hparams: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of each variable of a GPT-2, as the checkpoint has them."""
-    n_embd = hparams["n_embd"]
-    yield "wte", (hparams["n_vocab"], n_embd)
-    yield "wpe", (hparams["n_ctx"], n_embd)
-    for i in range(hparams["n_layer"]):
-        for norm in ("ln_1", "ln_2"):
-            yield f"h{i}/{norm}/g", (n_embd,)
-            yield f"h{i}/{norm}/b", (n_embd,)
-        for linear, n_in, n_out in (
-            ("attn/c_attn", n_embd, 3 * n_embd),
-            ("attn/c_proj", n_embd, n_embd),
-            ("mlp/c_fc", n_embd, 4 * n_embd),
-            ("mlp/c_proj", 4 * n_embd, n_embd),
-        ):
-            yield f"h{i}/{linear}/w", (1, n_in, n_out)
-            yield f"h{i}/{linear}/b", (n_out,)
-    yield "ln_f/g", (n_embd,)
-    yield "ln_f/b", (n_embd,)
-
-
-def nest_params(variables: dict[str, np.ndarray], hparams: dict[str, int], source: str) -> dict:
-    """The variables model/h0/attn/c_attn/w ... as picoGPT nests them: blocks[0]["attn"]["c_attn"]["w"] ..., views all.
-
-    ValueError: one is missing or has another shape than `hparams` says. Others (an optimizer's) are left out.
-    """
-    if f"model/h{hparams['n_layer']}/ln_1/g" in variables:
-        raise ValueError(f"{source}: more layers than the {hparams['n_layer']} of hparams.json; the files differ")
-    params: dict = {"blocks": []}
-    for name, shape in expected_shapes(hparams):
-        array = variables.get(f"model/{name}")
-        if array is None or array.shape != shape or array.dtype != np.float32:
-            found = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
-            raise ValueError(
-                f"{source}: model/{name} is {found}, expected float32{list(shape)} as hparams.json says; "
-                "the files must belong to one model"
-            )
-        *path, leaf = name.split("/")
-        node = params
-        if path and path[0].startswith("h"):
-            i = int(path.pop(0)[1:])
-            if i == len(params["blocks"]):
-                params["blocks"].append({})
-            node = params["blocks"][i]
-        for key in path:
-            node = node.setdefault(key, {})
-        node[leaf] = array[0] if len(shape) == 3 else array
-    return params
-
-
 def models_in(models_dir: str) -> list[str]:
     """The folders of `models_dir` that hold a model."""
     if not os.path.isdir(models_dir):
@@ -179,7 +128,7 @@ def missing_files(folder: str) -> list[str]:
 
 def download_model(model_size: str, models_dir: str) -> None:
     """Fetch the files of an OpenAI model that are missing, each verified before it gets its name."""
-    import download  # and with it requests and tqdm, which only downloads need
+    from checkpoints import download, lock  # and with it requests and tqdm, which only downloads need
 
     if f"{model_size}/{DATA}" not in SHA256:
         need_crc32c(model_size)  # before the download, not after it
@@ -188,7 +137,7 @@ def download_model(model_size: str, models_dir: str) -> None:
     lock_path = os.path.join(models_dir, f".{model_size}.lock")  # not in the folder, which may be deleted meanwhile
     with download.local_errors(folder):
         os.makedirs(folder, exist_ok=True)
-        with download.lock(lock_path, folder) as is_locked:
+        with lock.lock(lock_path, folder) as is_locked:
             for name in missing_files(folder):  # there may be fewer now
                 check = functools.partial(check_file, model_size, name, folder=folder)
                 url, path = f"{base_url}/{model_size}/{name}", os.path.join(folder, name)
@@ -251,15 +200,6 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models")
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def check_numbers(variables: dict[str, np.ndarray], source: str) -> None:
-    """ValueError: some weights are NaN or infinite, and which."""
-    n_bad = {name: array.size - np.count_nonzero(np.isfinite(array)) for name, array in variables.items()}
-    bad = [f"{name} has {n} of {variables[name].size}" for name, n in sorted(n_bad.items()) if n]
-    if bad:
-        more = f" and {len(bad) - 3} others" if len(bad) > 3 else ""
-        raise ValueError(f"{source}: numbers that are NaN or infinite: {', '.join(bad[:3])}{more}")
-
-
 def find_problems(model_size: str, models_dir: str) -> list[str]:
     """What is wrong with a model on disk. Later checks are made too if an earlier one fails."""
     folder = os.path.join(models_dir, model_size)
@@ -270,7 +210,7 @@ def find_problems(model_size: str, models_dir: str) -> list[str]:
         lambda: get_encoder(model_size, models_dir),
         lambda: read_encoder(model_size, models_dir, read_hparams(hparams_path)),
         lambda: nest_params(read_checkpoint(prefix), read_hparams(hparams_path), prefix),
-        lambda: check_numbers(read_checkpoint(prefix), prefix),
+        lambda: check_finite(read_checkpoint(prefix), prefix),
     ]
     problems: dict[str, None] = {}  # a set in order: some checks find the same
     for check in checks:
@@ -312,6 +252,6 @@ def verify(model_size: str, *, models_dir: str = "models"):
 
 
 if __name__ == "__main__":
-    import cli  # the others who read models have their own command line
+    from console import command  # the others who read models have their own command line
 
-    cli.run({"verify": verify})
+    command.run({"verify": verify})

@@ -2,11 +2,21 @@
 
 from itertools import islice
 
-import checkpoint
-from checkpoint import Damaged, Entry, block_entries, crc32c, data_path, mask_crc32c, read_varint
+from checkpoints import tensorflow
+from checkpoints.tensorflow import (
+    Damaged,
+    Entry,
+    block_entries,
+    crc32c,
+    data_path,
+    mask_crc32c,
+    read_index,
+    read_varint,
+)
 
 HEADER = b"\x08\x01\x1a\x02\x08\x01"  # one shard, little-endian, version 1
-MAGIC = checkpoint.TABLE_MAGIC.to_bytes(8, "little")
+HPARAMS = {"n_vocab": 3, "n_ctx": 2, "n_embd": 2, "n_head": 1, "n_layer": 1}
+MAGIC = tensorflow.TABLE_MAGIC.to_bytes(8, "little")
 
 
 def varint(value):
@@ -84,7 +94,7 @@ def with_right_checksums(index):
         return bytes(content[offset : offset + size]), at
 
     try:
-        footer = bytes(content[-checkpoint.FOOTER_SIZE :])
+        footer = bytes(content[-tensorflow.FOOTER_SIZE :])
         _, at = mend(footer)
         entries, _ = mend(footer[at:])
         n_restarts = int.from_bytes(entries[-4:], "little")
@@ -93,3 +103,13 @@ def with_right_checksums(index):
     except Damaged:
         pass
     return bytes(content)
+
+
+def hostile_index(prefix, changes):
+    """Rewrite the index with some entries changed, its checksum right."""
+    _, _, entries = read_index(prefix + ".index")
+    for name, change in changes.items():
+        for field, value in change.items():
+            setattr(entries[name], field, value)
+    with open(prefix + ".index", "wb") as f:
+        f.write(index_of(entries))

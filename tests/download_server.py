@@ -6,7 +6,7 @@ import http.server
 import os
 import threading
 
-from conftest import MODELS
+from helpers import MODELS
 
 from utils import MODEL_FILES, load_encoder_hparams_and_params
 

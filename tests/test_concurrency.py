@@ -6,10 +6,10 @@ from itertools import zip_longest
 
 import numpy as np
 import pytest
-from conftest import ROOT, random_model, run, shared_out
+from helpers import ROOT, random_model, run, shared_out
 
 import gpt2
-from sampling import make_sampler
+from decoding.sampling import make_sampler
 from speculative import DraftModel, PromptLookup
 
 N_TOKENS = 20
@@ -78,7 +78,7 @@ def test_forks_after_the_model_is_loaded(is_busy):
         import os, sys, threading
         sys.path.insert(0, "tests")
         import gpt2
-        from conftest import shared_out
+        from helpers import shared_out
         from speculative import DraftModel
         from utils import load_encoder_hparams_and_params
         tiny, nano = (gpt2.Model(*load_encoder_hparams_and_params(name)[1:]) for name in ("tiny", "nano"))
@@ -115,7 +115,7 @@ def test_a_fork_waits_for_the_passes_of_other_threads():
     code = """if True:
         import os, threading, time
         import gpt2
-        from conftest import random_model
+        from helpers import random_model
         passed, begun, end = [], threading.Event(), threading.Event()
 
         class Cache(gpt2.KVCache):

@@ -5,11 +5,11 @@ import os
 
 import numpy as np
 import pytest
-from conftest import MODELS, ROOT, run
+from helpers import MODELS, ROOT, run
 from reference import reference_logits
 
 import gpt2
-from checkpoint import verify_checkpoint
+from checkpoints.tensorflow import verify_checkpoint
 
 with open(os.path.join(ROOT, "tests", "goldens", "embedded_greedy.json"), encoding="utf-8") as f:
     GOLDENS = json.load(f)

@@ -5,7 +5,7 @@ import random
 import time
 
 import pytest
-from conftest import MODELS, ROOT
+from helpers import MODELS, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

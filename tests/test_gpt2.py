@@ -2,7 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import random_model
+from helpers import random_model
 from reference import reference_logits
 
 import gpt2
@@ -111,7 +111,7 @@ def test_everything_is_float32():
 
         return wrapped
 
-    names = ["gelu", "layer_norm", "linear", "attend", "attend_block", "attention", "feed_forward", "transformer_block"]
+    names = ["gelu", "layer_norm", "linear", "attend", "attention", "feed_forward", "transformer_block"]
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             patch.setattr(gpt2, name, spy(name))

@@ -1,7 +1,7 @@
 """Whatever is done to a cache, it gives the logits of a fresh one that was fed each text whole."""
 
 import numpy as np
-from conftest import random_model
+from helpers import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +14,7 @@ class Followed:
 
     def __init__(self, n_pad, n_first, rng):
         self.rng = rng
-        self.cache = MODEL.new_cache(len(n_pad))
-        self.cache.n_pad = np.array(n_pad)
+        self.cache = MODEL.new_cache(len(n_pad), n_pad=n_pad)
         self.texts = [[] for _ in n_pad]
         self.feed(max(n_pad) + n_first)
 

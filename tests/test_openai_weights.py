@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import MODELS, ROOT, run
+from helpers import MODELS, ROOT, run
 
 import gpt2
 from speculative import greedy_speculative_decoding

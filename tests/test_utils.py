@@ -6,12 +6,13 @@ import shutil
 import google_crc32c
 import numpy as np
 import pytest
-from conftest import MODELS, random_variables, run
-from test_checkpoint import hostile_index
+from bundles import hostile_index
+from helpers import MODELS, random_variables, run
 
 import utils
-from checkpoint import data_path, mask_crc32c, read_index
-from utils import load_encoder_hparams_and_params, nest_params, read_hparams
+from checkpoints.tensorflow import data_path, mask_crc32c, read_index
+from checkpoints.weights import nest_params
+from utils import load_encoder_hparams_and_params, read_hparams
 
 NANO = os.path.join(MODELS, "nano")
 
@@ -214,9 +215,9 @@ def test_verify_downloads_nothing(mine):
 
 
 def test_other_sizes_say_early_that_google_crc32c_is_needed(tmp_path):
-    before = "import sys; sys.modules['google_crc32c'] = None; import cli, utils; "
+    before = "import sys; sys.modules['google_crc32c'] = None; import utils; from console import command; "
     load = f"utils.load_encoder_hparams_and_params('355M', {str(tmp_path)!r})"
-    for command in (load, f"utils.verify('tiny', models_dir={MODELS!r})"):
-        done = run("-c", before + f"cli.run(lambda: {command} and None)", env={"GPT2_BASE_URL": "http://127.0.0.1:9"})
+    for call in (load, f"utils.verify('tiny', models_dir={MODELS!r})"):
+        done = run("-c", before + f"command.run(lambda: {call} and None)", env={"GPT2_BASE_URL": "http://127.0.0.1:9"})
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "needs google-crc32c; pip install google-crc32c" in done.stderr

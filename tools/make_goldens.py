@@ -18,8 +18,8 @@ import transformers
 from transformers.generation import logits_process
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))  # run as a script from anywhere
+from benchmarks.peers import Transformers
 from gpt2 import Model
-from peers import Transformers
 from utils import load_encoder_hparams_and_params
 
 ROOT = sys.path[0]

@@ -9,7 +9,7 @@ new inputs over, minimised: tests/fuzz/fuzz_files.py -set_cover_merge=1 tests/fu
 
 An input's first byte says which file it is: c a checkpoint (the index up to its magic number, then the data), C the
 same with its checksums made right, h hparams.json, e encoder.json, m vocab.bpe. Only a ValueError that names the file
-may come out, within MAX_SECONDS and MAX_GROWTH of memory. tests/test_hostile_files.py replays the kept inputs through
+may come out, within MAX_SECONDS and MAX_GROWTH of memory. tests/checkpoints/test_hostile_files.py replays the kept inputs through
 `check`, without atheris.
 """
 
@@ -28,13 +28,13 @@ if __name__ == "__main__":
     os.environ["TQDM_DISABLE"] = "1"  # the progress bar of a file of a hundred bytes
     sys.modules["tensorflow"] = None  # foreign checkpoints end where TensorFlow would begin
     with atheris.instrument_imports(include=["checkpoint", "encoder", "utils"]):
-        import checkpoint
         import encoder
         import utils
+        from checkpoints import tensorflow
 else:
-    import checkpoint
     import encoder
     import utils
+    from checkpoints import tensorflow
 
 from bundles import MAGIC, with_right_checksums  # noqa: E402
 
@@ -62,10 +62,10 @@ def read_model(content: bytes, mended: bool) -> None:
     put(utils.DATA, data)
     prefix = os.path.join(FOLDER.name, utils.CHECKPOINT)
     try:
-        checkpoint.verify_checkpoint(prefix)
+        tensorflow.verify_checkpoint(prefix)
     except ValueError as e:
         assert FOLDER.name + os.sep in str(e)
-    arrays = checkpoint.read_checkpoint(prefix)
+    arrays = tensorflow.read_checkpoint(prefix)
     assert 0 < sum(array.nbytes for array in arrays.values()) <= len(data)
     for array in arrays.values():
         array.tobytes()  # every byte can be read

@@ -1,0 +1,1 @@
+"""Looking inside a model: hidden states and attention weights."""

@@ -1,0 +1,59 @@
+"""Processes that fetch the same model take turns, as long as the one before does something."""
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+
+STALE_S = 600  # no process is silent for longer: its attempts take six minutes, verifying 6 GB two
+
+
+@contextlib.contextmanager
+def lock(path: str, folder: str) -> Iterator[bool]:
+    """Hold the lock file `path` while downloading into `folder`. False: there is none to be had, go on without."""
+    try:
+        import filelock  # not among the packages that generating needs; without it two processes fetch the same file
+    except ImportError:
+        yield False
+        return
+    held = filelock.FileLock(path)
+    try:
+        yield acquire(held, folder)
+    finally:
+        held.release()
+
+
+def acquire(held, folder: str) -> bool:
+    """Wait for a lock as long as its holder does something. False: it does not, or nothing can be locked here."""
+    import filelock
+
+    timeout, before = 0, None
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # filelock's own, when it turns into a SoftFileLock
+                held.acquire(timeout=timeout, poll_interval=0.1)
+        except filelock.Timeout:
+            now = sizes(folder)
+        except (OSError, NotImplementedError):
+            return False
+        else:
+            now = None
+        if now is None or isinstance(held, filelock.SoftFileLock):
+            # A soft lock is no lock: it is a file that outlives a killed holder.
+            return not isinstance(held, filelock.SoftFileLock)
+        if now == before:
+            print(f"{folder}: no progress for {STALE_S} s; going on without waiting", file=sys.stderr)
+            return False
+        if before is None:
+            print(f"{folder}: another process is downloading it; waiting for that", file=sys.stderr)
+        timeout, before = STALE_S, now
+
+
+def sizes(folder: str) -> dict[str, int]:
+    found = {}
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # it has just got its final name
+            found[name] = os.path.getsize(os.path.join(folder, name))
+    return found

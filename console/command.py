@@ -1,0 +1,58 @@
+"""A program around a function: arguments in, a conventional exit status out."""
+
+import errno
+import inspect
+import os
+import sys
+from collections.abc import Callable
+
+from console import interrupts
+from console.arguments import parse_arguments
+from console.errors import abandon, fail
+
+BROKEN_PIPE = 141  # the status that shells give to programs ended by this signal: 128 + 13
+
+
+def choose(commands: dict[str, Callable], argv: list[str]) -> tuple[Callable, list[str]]:
+    """The command that the first argument names, and the other arguments. SystemExit: there is none of that name."""
+    if argv and argv[0] in commands:
+        return commands[argv[0]], argv[1:]
+    if argv and argv[0] not in ("-h", "--help"):
+        fail(f"no command {argv[0]!r}, expected one of {', '.join(commands)}", status=2)
+    for name, command in commands.items():
+        print(f"{name:12} {(inspect.getdoc(command) or '').splitlines()[0]}")
+    raise SystemExit(0 if argv else 2)
+
+
+def run(command: Callable | dict[str, Callable]) -> None:
+    """Call `command`, or the one of several that the first argument names, with the arguments of this process.
+
+    Exits with the conventional status when it cannot go on.
+    """
+    argv = sys.argv[1:]
+    try:
+        interrupts.end_with_status()
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by the caller: what would go there goes nowhere
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the run
+        if isinstance(command, dict):
+            command, argv = choose(command, argv)
+        if {"-h", "--help"} & set(argv):
+            print(inspect.getdoc(command))
+        else:
+            command(**parse_arguments(command, argv))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(interrupts.INTERRUPTED)
+    except BrokenPipeError:
+        abandon(sys.stdout)
+        sys.exit(BROKEN_PIPE)
+    except (ValueError, ConnectionError) as e:
+        fail(str(e))
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) and not e.filename:
+            abandon(sys.stdout)
+            fail(f"cannot write the text: {e.strerror}")
+        fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+    finally:
+        interrupts.end_at_once()

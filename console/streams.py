@@ -1,0 +1,36 @@
+"""Prompts and files come in, text goes out: stdin and stdout."""
+
+import contextlib
+import sys
+from collections.abc import Iterable
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The prompt as typed, or from stdin, less the line end that `echo` adds. ValueError: there is none."""
+    if prompt not in (None, "-"):
+        return prompt
+    if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+        raise ValueError('no prompt: give it as the first argument, as in gpt2.py "Hello", or pipe it in')
+    text = sys.stdin.buffer.read().decode("utf-8", "replace")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def read_file(path: str) -> str:
+    """The text of a file, or of stdin for "-". ValueError: it is not UTF-8, or stdin is closed."""
+    if path == "-" and sys.stdin is None:
+        raise ValueError("stdin is closed; give a file instead of -")
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
+        data = f.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); convert it, as with iconv") from e
+
+
+def write_text(pieces: Iterable[str]) -> None:
+    """Write text to stdout as it comes. A terminal gets a last line end; a pipe or a file the text and nothing else."""
+    for text in pieces:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    if sys.stdout.isatty():
+        sys.stdout.write("\n")

@@ -1,0 +1,1 @@
+"""From logits to text: sampling, stopping, beams, scores, how many guesses pay."""

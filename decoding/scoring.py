@@ -1,0 +1,58 @@
+"""How well a model predicts a text: the log-probability of each of its tokens.
+
+A text longer than the context is scored in windows, each token once, as is usual for fixed-length models: the window
+moves by `stride` tokens, and what it has seen before only serves as the text before. A stride of the context is the
+cheapest and the least favourable; a small one gives nearly every token a whole context.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from decoding.requests import check_ids
+from decoding.sampling import check, is_whole, log_softmax
+
+N_ROWS = 256  # of logits at once: those of 1024 tokens would take 206 MB
+
+
+def score(model, ids: Sequence[int]) -> np.ndarray:
+    """The log-probability, in nats, of each id after the first, given those before it: float32[len(ids) - 1].
+
+    ValueError: more than the context and one, an id outside the vocabulary.
+    """
+    n_ctx = model.hparams["n_ctx"]
+    if len(ids) > n_ctx + 1:
+        raise ValueError(f"{len(ids)} ids exceed the context: at most {n_ctx + 1} can be scored; cut them in windows")
+    check_ids(ids, model.hparams["n_vocab"])
+    cache, scores = model.new_cache(n_seq=len(ids)), np.empty(max(0, len(ids) - 1), np.float32)
+    for start in range(0, len(scores), N_ROWS):
+        rows = slice(start, min(start + N_ROWS, len(scores)))
+        logits = model.forward([ids[rows]], cache, n_last=rows.stop - start)[0]
+        following = ids[start + 1 : rows.stop + 1]
+        scores[rows] = log_softmax(logits)[np.arange(len(following)), following]
+    return scores
+
+
+def windows(n_ids: int, n_ctx: int, stride: int) -> Iterator[tuple[slice, int]]:
+    """Windows of up to n_ctx + 1 ids (the last is only predicted), and how many of their last ids are new in each."""
+    n_scored = 1
+    for start in range(0, n_ids - 1, stride):
+        stop = min(start + n_ctx + 1, n_ids)
+        yield slice(start, stop), stop - n_scored
+        n_scored = stop
+        if stop == n_ids:
+            return
+
+
+def log_probabilities(model, ids: Sequence[int], stride: int) -> np.ndarray:  # -> float32[len(ids) - 1]
+    """Of each id after the first. A progress bar goes to stderr. ValueError: a stride outside 1 to the context."""
+    from tqdm import tqdm  # only whole files take long enough for a bar
+
+    n_ctx = model.hparams["n_ctx"]
+    check("stride", stride, is_whole(stride) and 1 <= stride <= n_ctx, f"a whole number from 1 to {n_ctx}, the context")
+    parts = []
+    with tqdm(total=len(ids) - 1, unit=" tokens", disable=None) as bar:  # none where stderr is no terminal
+        for window, n_new in windows(len(ids), n_ctx, stride):
+            parts.append(score(model, ids[window])[-n_new:])
+            bar.update(n_new)
+    return np.concatenate(parts)

@@ -1,0 +1,84 @@
+"""Formulas on large arrays, spelled to be fast: in pieces that fit the cache, and as products where sums are slow."""
+
+from functools import lru_cache, wraps
+from itertools import product
+
+import numpy as np
+
+N_PIECE = 1 << 16  # numbers, 256 kB: so a formula's temporaries stay in the L2 cache
+N_FEW = 16  # queries that are attended at once, whatever the number of keys
+N_QUERIES = 96  # of more, attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
+N_SCORES = 1 << 18  # at once, 1 MB, of as many heads: few calls, since each waits for the GIL
+
+
+@lru_cache(maxsize=32)
+def full(n, value):  # -> [n]
+    return np.full(n, value, np.float32)
+
+
+def row_sums(x):  # [..., n] -> [..., 1]
+    return np.vecdot(x, full(x.shape[-1], 1), keepdims=True)  # a third of the time of x.sum(-1)
+
+
+def mean(x):  # [..., n] -> [..., 1]
+    return np.vecdot(x, full(x.shape[-1], 1 / x.shape[-1]), keepdims=True)
+
+
+def times_transposed(q, k):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [..., n_rows, n_seq]
+    """q @ k.T; 2 to 8 rows one by one: with 900 keys, 137 us instead of 277 for 5 rows of 6 heads."""
+    k = k.swapaxes(-1, -2)
+    if 1 < q.shape[-2] <= 8:
+        return (q[..., None, :] @ k[..., None, :, :])[..., 0, :]
+    return q @ k
+
+
+def elementwise(function):
+    """function(x), [...] -> [...], computed piece by piece; the result takes the place of x if that is large."""
+
+    @wraps(function)
+    def in_pieces(x):
+        if x.size <= N_PIECE:
+            return function(x)
+        flat = x.reshape(-1)
+        for start in range(0, flat.size, N_PIECE):
+            piece = flat[start : start + N_PIECE]
+            piece[:] = function(piece)
+        return x
+
+    return in_pieces
+
+
+def tiled(attend):
+    """attend(q, k, v, padding) of gpt2.py, of many rows some at a time, each with the keys that it may see."""
+
+    @wraps(attend)
+    def in_tiles(q, k, v, padding=None):
+        n_rows = q.shape[-2]
+        if n_rows <= N_FEW:
+            return attend(q, k, v, padding)
+        (n_batch, n_head), n_past = q.shape[:2], k.shape[-2] - n_rows
+        out = np.empty_like(q)
+        for start in range(0, n_rows, N_QUERIES):
+            rows = slice(start, min(start + N_QUERIES, n_rows))
+            seen = slice(0, n_past + rows.stop)
+            n_heads = max(1, N_SCORES // (N_QUERIES * seen.stop))
+            for row, head in product(range(n_batch), range(0, n_head, n_heads)):
+                heads = row, slice(head, head + n_heads)
+                mask = None if padding is None else padding[row][..., seen]
+                out[heads][:, rows] = attend(q[heads][:, rows], k[heads][:, seen], v[heads][:, seen], mask)
+        return out
+
+    return in_tiles
+
+
+def take_rows(kv, rows, start, stop):  # [n_layer, 2, n_batch, ...] -> [n_layer, 2, len(rows), ...]
+    """Batch rows of keys and values, positions up to `stop`; in place, and from `start` on, if their number stays."""
+    rows, moved, new = np.asarray(rows), np.arange(len(rows)), kv
+    if len(rows) == kv.shape[2]:
+        moved = moved[rows != moved]
+    else:
+        new, start = np.empty((*kv.shape[:2], len(rows), *kv.shape[3:]), np.float32), 0
+    used = slice(start, stop)
+    for layer in np.ndindex(kv.shape[:2]):  # indexing makes a copy, so not of all at once
+        new[layer][moved, :, used] = kv[layer][rows[moved], :, used]
+    return new

@@ -1,0 +1,228 @@
+"""The command line as a user meets it: a subprocess, its streams and its status."""
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import takewhile
+
+import pytest
+from helpers import MODELS, ROOT, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpt2
+import speculative
+from console import command
+from console.arguments import parse_arguments
+
+GPT2 = ("gpt2.py", "--model_size=nano", "--n_tokens_to_generate=8")
+
+
+def text_after(encoder_and_model, prompt, n_tokens=8):
+    encoder, model = encoder_and_model
+    ids = encoder.encode(prompt, allow_special=True) or [encoder.eot_id]
+    return encoder.decode(takewhile(lambda i: i != encoder.eot_id, gpt2.generate(model, ids, n_tokens)))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["ROMEO:", "123", "1+1", "a,b", "{x}", "[1, 2]", "None", "True", "'q'", "a b", "-5", "", "#", "\\n", "日本🙂"],
+)
+def test_the_prompt_arrives_as_typed(nano, prompt):
+    done = run(*GPT2, prompt)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", text_after(nano, prompt))
+
+
+@pytest.mark.parametrize("args", [["--prompt", "--x"], ["--prompt=--x"], ["--", "--x"]])
+def test_a_prompt_may_begin_with_dashes(nano, args):
+    done = run(*GPT2, *args)
+    assert (done.returncode, done.stdout) == (0, text_after(nano, "--x"))
+
+
+@pytest.mark.parametrize("args", [[], ["-"]])
+@pytest.mark.parametrize("typed", ["To be", "To be\n", "To be\r\n"])
+def test_stdin_is_read_less_its_line_end(nano, args, typed):
+    done = run(*GPT2, *args, stdin=typed)
+    assert (done.returncode, done.stdout) == (0, text_after(nano, "To be"))
+
+
+def test_stats_before_the_prompt_go_to_stderr(nano):
+    done = run("gpt2.py", "--stats", "ROMEO:", "--model_size", "nano", "--n_tokens_to_generate", "8")
+    assert (done.returncode, done.stdout) == (0, text_after(nano, "ROMEO:"))
+    for word in ("load", "prefill", "decode", "tokens/s", "GB/s", "memory"):
+        assert word in done.stderr
+
+
+def test_stats_of_one_token():
+    done = run("gpt2.py", "ROMEO:", "--model_size=nano", "--n_tokens_to_generate=1", "--stats")
+    assert done.returncode == 0 and "prefill" in done.stderr and "decode" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message", "status"),
+    [
+        (["x", "--n_tokens_to_generate", "0"], "0 tokens to generate, expected a whole number of 1 or more", 1),
+        (["x", "--n_tokens_to_generate", "-5"], "-5 tokens to generate", 1),
+        (["x", "--n_tokens_to_generate", "many"], "'many' tokens to generate", 1),
+        (["x", "--n_tokens_to_generate", "2.5"], "2.5 tokens to generate", 1),
+        (["x", "--n_tokens_to_generate"], "--n_tokens_to_generate needs a value", 2),
+        (["x", "--n_tokens_to_generate", "9999"], "9999 new ones exceed the context of 512", 1),
+        (["x", "--model_size", "125M"], "no model '125M': OpenAI's sizes are 124M, 355M, 774M, 1558M; ", 1),
+        (["x", "--models_dir", "/nowhere", "--model_size", "tiny"], "no model 'tiny'", 1),
+        (["x", "--temprature", "1"], "Could not consume arg: --temprature", 2),
+        (["two", "prompts"], "Could not consume arg: prompts", 2),
+        (["-x"], "-- stands before text that begins with a dash", 2),
+    ],
+)
+def test_a_mistake_is_one_line(args, message, status):
+    done = run("gpt2.py", "--model_size=tiny", *args)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+FLAGS = [
+    "prompt",
+    "n_tokens_to_generate",
+    "stats",
+    "n_draft",
+    "n_gram",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "verify",
+]
+FLAGS += ["drafter", "models_dir", "model_size", "help", "separator", "interactive", "completion", "trace", "nostats"]
+VALUES = st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([10**400, "1e-320", "0x" + "f" * 9000])
+ARGUMENTS = (
+    st.sampled_from(
+        ["", "-", "--", "-h", "-n", "-s", "---", "--=1", "x", "1", "0", "-1", "2.5", "1e999", "nan", "nano"]
+    )
+    | st.sampled_from(["None", "True", "[1, {}]", "{[]: 1}", "{{}}", "(" * 300, "-" * 5000 + "1", "9" * 5000, "1e-320"])
+    | st.sampled_from(
+        ["__doc__", "__class__", "__init_subclass__", "mro", "a\nb", "\x1b[2J", "\udcff", "lookup", "both"]
+    )
+    | st.sampled_from(FLAGS).map("--{}".format)
+    | st.builds("--{}={}".format, st.sampled_from(FLAGS), VALUES)
+    | st.text(st.characters(exclude_characters="\0/"), max_size=10)
+)
+
+
+def outcome(action):
+    """(status, stdout, stderr) of `action` as the shell would see it. Any exception but SystemExit is a traceback."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            action()
+        except SystemExit as e:
+            status = e.code
+    return status, out.getvalue(), err.getvalue()
+
+
+@settings(max_examples=300)
+@given(st.sampled_from([gpt2.main, speculative.main]), st.lists(ARGUMENTS, max_size=6))
+def test_any_arguments_are_understood_or_refused_in_one_line(program, argv):
+    argv = [arg for arg in argv if arg not in ("-h", "--help")]  # command.run answers these itself
+    status, out, err = outcome(lambda: parse_arguments(program, argv))
+    assert out == ""
+    assert (status, err) == (0, "") or (status == 2 and err.count("\n") == 1 and err.startswith("error: "))
+
+
+@pytest.fixture(scope="module")
+def folder_with_nano(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("arguments")
+    shutil.copytree(os.path.join(MODELS, "nano"), folder / "models" / "nano")
+    return folder
+
+
+BASE = ["--n_tokens_to_generate=3", "--model_size=nano"]
+SPECULATIVE_BASE = ["--n_tokens_to_generate=3", "--target_model_size=nano", "--draft_model_size=nano"]
+
+
+@settings(max_examples=150)
+@given(st.booleans(), st.lists(ARGUMENTS, max_size=5))
+def test_any_arguments_give_a_run_or_one_line(folder_with_nano, is_speculative, argv):
+    program, base = (speculative.main, SPECULATIVE_BASE) if is_speculative else (gpt2.main, BASE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder_with_nano)
+        patch.setenv("GPT2_BASE_URL", "http://127.0.0.1:9")
+        patch.setattr(sys, "argv", ["gpt2.py", *base, *argv])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a prompt")))
+        status, out, err = outcome(lambda: command.run(program))
+    assert status == 0 or (status in (1, 2) and out == "" and err.count("\n") == 1 and err.startswith("error: "))
+
+
+def test_help_is_the_whole_manual():
+    done = run("gpt2.py", "--help")
+    assert done.returncode == 0
+    for flag in ("--n_tokens_to_generate 40", "--model_size 124M", "--models_dir models", "--stats"):
+        assert flag in done.stdout
+
+
+def test_no_network_is_one_line(tmp_path):
+    env = {"GPT2_BASE_URL": "http://127.0.0.1:9"}
+    done = run("gpt2.py", "x", "--models_dir", tmp_path, env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert "cannot fetch http://127.0.0.1:9/124M/" in done.stderr and "--model_size tiny works offline" in done.stderr
+
+
+def test_a_damaged_model_is_one_line(tmp_path):
+    shutil.copytree(os.path.join(MODELS, "nano"), tmp_path / "broken")
+    os.truncate(tmp_path / "broken" / "model.ckpt.data-00000-of-00001", 1000)
+    done = run("gpt2.py", "x", "--models_dir", tmp_path, "--model_size", "broken")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "has 1000 bytes, expected 1055744" in done.stderr
+
+
+def test_it_runs_from_another_folder(nano, tmp_path):
+    done = run(os.path.join(ROOT, "gpt2.py"), "x", *GPT2[1:], "--models_dir", MODELS, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, text_after(nano, "x"))
+
+
+LONG = [sys.executable, "gpt2.py", "ROMEO:", "--model_size", "tiny", "--n_tokens_to_generate", "500"]
+
+
+def test_a_closed_pipe_ends_it_quietly():
+    with subprocess.Popen(LONG, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert len(process.stdout.read(20)) == 20
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 128 + signal.SIGPIPE
+
+
+def test_interrupt_ends_it_quietly():
+    with subprocess.Popen(LONG, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 128 + signal.SIGINT
+
+
+def test_text_streams():
+    """The first character arrives well before the last."""
+    with subprocess.Popen(LONG, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.read(1)
+        first = time.perf_counter()
+        process.stdout.read()
+        assert time.perf_counter() - first > 0.05  # 500 tokens take ten times that
+
+
+def test_import_is_light():
+    code = "import sys, gpt2; print(*sys.modules)"
+    modules = run("-c", code).stdout.split()
+    assert "numpy" in modules
+    assert not {"tensorflow", "requests", "pytest", "matplotlib", "tqdm", "fire", "google_crc32c"} & set(modules)
+
+
+def test_only_the_five_named_packages_are_needed(nano):
+    """README: generating needs numpy, regex, requests, tqdm and fire."""
+    others = ["tensorflow", "google_crc32c", "tokenizers", "matplotlib", "threadpoolctl", "pytest"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import gpt2; gpt2.command.run(gpt2.main)"
+    done = run("-c", code, "x", *GPT2[1:])
+    assert (done.returncode, done.stdout) == (0, text_after(nano, "x"))

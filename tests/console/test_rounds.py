@@ -1,0 +1,136 @@
+"""speculative.py from the command line: what it verifies, reports and colours."""
+
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+from drafting import PAIR
+from helpers import MODELS, ROOT, run
+
+from console.rounds import compare_with_plain
+from decoding.sampling import greedy, make_sampler
+from gpt2 import generate
+
+
+@pytest.mark.parametrize("drafter", ["model", "lookup", "both"])
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "0.9", "--top_k", "50", "--top_p", "0.95", "--seed", "4"]])
+def test_verify_reports_identical_text(tiny, drafter, sampling):
+    encoder, target = tiny
+    done = run(*PAIR, "ROMEO:", "--drafter", drafter, "--verify", *sampling)
+    assert done.returncode == 0 and "verified: 60 tokens identical" in done.stderr and "margin" in done.stderr
+    sample = make_sampler(0.9, 50, 0.95, seed=4) if sampling else greedy
+    assert done.stdout == encoder.decode(generate(target, encoder.encode("ROMEO:"), 60, sample))
+
+
+def test_min_p_and_the_repetition_penalty_are_flags(tiny):
+    encoder, target = tiny
+    done = run(*PAIR, "ROMEO:", "--verify", "--temperature=1", "--min_p=0.1", "--repetition_penalty=1.3", "--seed=2")
+    assert done.returncode == 0 and "verified: 60 tokens identical" in done.stderr
+    sample = make_sampler(1, min_p=0.1, repetition_penalty=1.3, seed=2)
+    assert done.stdout == encoder.decode(generate(target, encoder.encode("ROMEO:"), 60, sample))
+
+
+def test_verify_exits_with_1_at_a_difference(monkeypatch, tiny, capsys):
+    encoder, target = tiny
+    prompt = encoder.encode("ROMEO:")
+    ids = list(generate(target, prompt, 10))
+    ids[7] += 1
+    with pytest.raises(SystemExit) as e:
+        compare_with_plain(partial(generate, target, prompt), greedy, ids, 1.0)
+    assert e.value.code == 1 and "the texts differ at token 7" in capsys.readouterr().err
+
+
+def test_json_is_one_object_on_stderr():
+    done = run(*PAIR, "ROMEO:", "--json", "--n_draft", "4")
+    summary = json.loads(done.stderr)
+    assert summary["tokens"] == 60 and summary["rounds"] < 60
+    # A round makes its accepted guesses and one token more, but the last may end with an accepted guess.
+    assert summary["accepted"] - (60 - summary["rounds"]) in (0, 1)
+    assert 0 < summary["acceptance_rate"] <= 1 and summary["tokens_per_target_pass"] == round(60 / summary["rounds"], 3)
+
+
+def test_stats_name_every_figure():
+    done = run(*PAIR, "ROMEO:", "--stats")
+    for name in (
+        "rounds",
+        "accepted_per_round",
+        "acceptance_rate",
+        "tokens_per_target_pass",
+        "draft_seconds",
+        "speedup",
+    ):
+        assert name in done.stderr
+
+
+def test_lookup_needs_no_draft_model():
+    done = run(*PAIR, "ROMEO:", "--drafter", "lookup", "--draft_model_size", "nowhere")
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--n_draft", "-1"], "n_draft is -1, expected a whole number of 0 or more"),
+        (["--n_draft", "x"], "n_draft is 'x'"),
+        (["--n_gram", "0"], "n_gram is 0, expected a whole number of 1 or more"),
+        (["--drafter", "oracle"], "drafter is 'oracle', expected model, lookup or both"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--top_p", "2"], "top_p is 2"),
+        (["--min_p", "2"], "min_p is 2"),
+        (["--repetition_penalty", "0"], "repetition_penalty is 0"),
+        (["--seed", "1.5"], "seed is 1.5"),
+        (["--n_tokens_to_generate", "0"], "0 tokens to generate"),
+        (["--n_tokens_to_generate", "600"], "exceed the context of 512"),
+        (["--draft_model_size", "125M"], "no model '125M'"),
+    ],
+)
+def test_a_mistake_is_one_line(args, message):
+    done = run(*PAIR, "x", *args)
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_a_draft_with_another_vocabulary_is_one_line(tmp_path):
+    for name in ("tiny", "nano"):
+        shutil.copytree(os.path.join(MODELS, name), tmp_path / name)
+    path = tmp_path / "nano" / "vocab.bpe"
+    lines = path.read_text(encoding="utf-8").split("\n")
+    lines[1], lines[2] = lines[2], lines[1]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    done = run(*PAIR, "x", "--models_dir", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "") and "nano has another vocabulary" in done.stderr
+
+
+def in_a_terminal(env):
+    """stdout of a run whose stdout is a terminal."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, *PAIR, "ROMEO:", "--show", "--n_draft", "4"],  # not adaptive: what is guessed varies then
+        stdout=follower,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        env={**os.environ, **env},
+    )
+    os.close(follower)
+    output = b""
+    try:
+        while select.select([leader], [], [], 60)[0] and (chunk := os.read(leader, 1 << 16)):
+            output += chunk
+    except OSError:  # Linux's way to say that the terminal has no writer any more
+        pass
+    assert process.wait(60) == 0
+    os.close(leader)
+    return output.decode()
+
+
+def test_show_colours_only_a_terminal():
+    coloured = in_a_terminal({"NO_COLOR": ""})
+    assert "\033[32m" in coloured and "\033[33m" in coloured
+    assert "\033[" not in in_a_terminal({"NO_COLOR": "1"})
+    assert "\033[" not in run(*PAIR, "ROMEO:", "--show").stdout

@@ -1,0 +1,53 @@
+"""The adaptive draft length finds what pays, on simulated rounds."""
+
+import numpy as np
+
+from decoding.draft_length import Adaptive
+
+
+def simulate(p, draft_cost, pass_cost, n_rounds=200):
+    """The lengths asked for when guesses are right with probability p, on a clock of its own."""
+    now, rng, asked = [0.0], np.random.default_rng(0), []
+
+    def drafter(tokens, n_max):
+        now[0] += draft_cost * n_max
+        asked[-1] = n_max
+        return [1] * n_max
+
+    adaptive = Adaptive(drafter, 10, clock=lambda: now[0])
+    tokens = [0] * 5
+    for _ in range(n_rounds):
+        asked.append(0)
+        guesses = adaptive(tokens, 10)
+        now[0] += pass_cost(len(guesses))
+        n_right = next((i for i in range(len(guesses)) if rng.random() >= p), len(guesses))
+        tokens = tokens + [1] * n_right + [2]
+    return asked
+
+
+def test_length_grows_when_guesses_are_right_and_cheap():
+    asked = simulate(0.98, 0.01, lambda n: 1 + 0.02 * n)
+    assert np.mean(asked[50:]) > 8
+
+
+def test_length_shrinks_when_guesses_are_wrong():
+    asked = simulate(0.4, 0.05, lambda n: 1 + 0.1 * n)
+    assert 0.5 < np.mean(asked[50:]) < 3
+
+
+def test_speculation_switches_itself_off_when_it_loses():
+    for p, draft_cost, slope in ((0.1, 0.5, 0.3), (0.7, 1.0, 0.5), (0.9, 0.01, 3.0)):
+        asked = simulate(p, draft_cost, lambda n, slope=slope: 1 + slope * n)
+        assert np.mean(np.array(asked[50:]) == 0) > 0.85
+        assert max(asked[50:]) <= 2  # tried again now and then
+
+
+def test_what_slows_a_round_down_once_does_not_switch_speculation_off():
+    seen = set()
+
+    def pass_cost(n):
+        is_first = n not in seen
+        seen.add(n)
+        return 1 + 0.1 * n + 50 * (is_first and n > 0)  # which chooses how to multiply n + 1 rows
+
+    assert np.mean(simulate(0.8, 0.02, pass_cost, n_rounds=60)[20:]) > 3

@@ -1,0 +1,276 @@
+"""Layers computed in shares of their heads and hidden units: the same numbers, and when weights are packed for that."""
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+from helpers import random_model, shared_out
+
+import fast.shares
+import gpt2
+from console.stats import n_bytes
+from fast.panels import WAYS
+from fast.shares import MIN_GAIN, TYPICAL_STEPS, Meeting, Shares, cut
+from fast.threads import Stopped, blas, crews
+
+pytest.importorskip("threadpoolctl", reason="without threadpoolctl nothing is computed in shares")
+IDS = np.random.default_rng(0).integers(61, size=(3, 40))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("n_batch", [1, 3])
+def test_shares_add_up_to_the_whole(n_threads, n_batch):
+    """Also with more threads than heads, a vocabulary of 61 and hidden units that no width divides."""
+    whole = random_model(n_embd=30, n_head=3, n_ctx=40)
+    model = shared_out(whole, n_threads)
+    caches = [each.new_cache(n_batch) for each in (whole, model)]
+    for start, stop, n_last in ((0, 5, 1), (5, 6, 1), (6, 14, 8), (14, 30, 2), (30, 33, 3)):
+        expected, got = (
+            each.forward(IDS[:n_batch, start:stop], cache, n_last)
+            for each, cache in zip((whole, model), caches, strict=True)
+        )
+        assert got.shape == expected.shape and got.dtype == np.float32
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(caches[0].kv[..., :33, :], caches[1].kv[..., :33, :], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_batch", [1, 2])
+@pytest.mark.parametrize("n_last", [1, 17, 90])
+def test_long_prompts_are_shared_out_too(n_batch, n_last):
+    whole = random_model(n_ctx=130)
+    model, ids = shared_out(whole, 2, is_packed=False), np.random.default_rng(1).integers(61, size=(n_batch, 130))
+    caches = [each.new_cache(n_batch) for each in (whole, model)]
+    for tokens in (ids[:, :100], ids[:, 100:]):
+        n_rows = min(n_last, tokens.shape[1])
+        expected, got = (each.forward(tokens, c, n_rows) for each, c in zip((whole, model), caches, strict=True))
+        assert got.shape == expected.shape and got.dtype == np.float32
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_new", [3, 30])
+def test_memory_of_a_cache_is_free_when_the_cache_is(n_new):
+    """Without the garbage collector: nothing that a pass made refers to itself."""
+    model = shared_out(random_model(n_ctx=40))
+    gc.disable()
+    try:
+        cache = model.new_cache()
+        model.forward([list(range(n_new))], cache)
+        kv = weakref.ref(cache.kv)
+        del cache
+        assert kv() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("n_new", [2, 3, 5, 8, 16])
+def test_the_model_gives_the_same_logits_whichever_way(way, n_new):
+    whole = random_model(n_ctx=40)
+    model = shared_out(whole, 2, way)
+    expected = whole.forward(IDS[:1, : 10 + n_new], whole.new_cache(), n_last=n_new)
+    cache = model.new_cache()
+    model.forward(IDS[:1, :10], cache)
+    np.testing.assert_allclose(model.forward(IDS[:1, 10 : 10 + n_new], cache, n_new), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [7, 25, 61, 3072, 50257])
+@pytest.mark.parametrize("n_parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [1, 64])
+def test_cuts_cover_everything_once_as_equally_as_can_be(n, n_parts, size):
+    parts = cut(n, n_parts, size)
+    assert len(parts) == n_parts and [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
+    sizes = [part.stop - part.start for part in parts]
+    assert max(sizes) - min(sizes) <= 2 * size
+
+
+def test_single_rows_use_panels_where_there_are_some_unless_asked_otherwise(monkeypatch):
+    whole, model = random_model(n_ctx=40), shared_out(random_model(n_ctx=40), is_packed=False)
+    rows_in_shares = []
+    prepare = Shares.prepare
+    monkeypatch.setattr(
+        Shares, "prepare", lambda self, counts, c: (rows_in_shares.append(counts), prepare(self, counts, c))
+    )
+    expected = whole.forward([[7]], whole.new_cache())
+    assert np.array_equal(model.forward([[7]], model.new_cache()), expected) and model.passes.are_plain(1)
+    model.passes.shares.pack()
+    np.testing.assert_allclose(model.forward([[7]], model.new_cache()), expected, rtol=0, atol=1e-4)
+    assert rows_in_shares == [{1}] and not model.passes.are_plain(1) and not whole.passes.are_plain(2)
+    assert np.array_equal(model.forward([[7]], model.new_cache(), plainly=True), expected) and rows_in_shares == [{1}]
+
+
+def test_near_ties_of_single_rows_in_panels_are_settled_by_a_plain_pass(monkeypatch):
+    model, plainly = shared_out(random_model(n_ctx=40)), []
+    forward = gpt2.Model.forward
+    monkeypatch.setattr(gpt2, "is_near_tie", lambda sample, scores, position: position == 5)
+    monkeypatch.setattr(
+        gpt2.Model,
+        "forward",
+        lambda *args, **kwargs: (plainly.append("plainly" in kwargs), forward(*args, **kwargs))[1],
+    )
+    assert len(list(gpt2.generate(model, [1, 2, 3], 5))) == 5
+    assert plainly == [False, False, False, True, False, False]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# When to pack
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large():
+    """A model that counts as large, with nothing packed yet."""
+    return shared_out(random_model(n_ctx=200), is_packed=False)
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Packing takes as long as two steps."""
+    times = {fast.shares.seconds_to_fill: 2.0, fast.shares.seconds: 1.0}
+    for function, seconds in times.items():
+        monkeypatch.setattr(
+            fast.shares, function.__name__, lambda *args, f=function, seconds=seconds: (f(*args), seconds)[1]
+        )
+
+
+def is_packed(model):
+    return model.passes.shares.is_packed
+
+
+def test_panels_change_no_logits_by_more_than_rounding(large):
+    caches, ids = [large.new_cache() for _ in range(2)], [[1, 2, 3]]
+    before = large.forward(ids, caches[0], 3)
+    large.passes.shares.pack()
+    np.testing.assert_allclose(large.forward(ids, caches[1], 3), before, rtol=0, atol=1e-4)
+
+
+def test_the_first_tokens_do_not_wait_for_packing(large, cheap):
+    cache = large.new_cache()
+    large.forward([[1, 2, 3]], cache)
+    assert not is_packed(large) and "no steps of several rows" in large.passes.shares.report
+    large.forward([[1, 2]], cache)
+    assert is_packed(large) and "GB, packed in 0.0" in large.passes.shares.report
+    large.forward([[1]], large.new_cache())
+
+
+def test_plain_decoding_packs_nothing(large, cheap):
+    list(gpt2.generate(large, [1, 2, 3], 150))
+    assert not is_packed(large)
+
+
+@pytest.mark.parametrize("n_batch", [1, 2])
+def test_a_text_that_is_too_short_packs_nothing(large, cheap, n_batch):
+    n_least = int(TYPICAL_STEPS / MIN_GAIN)
+    cache = large.new_cache(n_batch, n_seq=3 + n_least)
+    large.forward([[1, 2, 3, 4]] * n_batch, cache)
+    large.forward([[1, 2]] * n_batch, cache)
+    assert not is_packed(large) and not large.passes.few_rows_pay(n_least - 1) and large.passes.few_rows_pay(n_least)
+    cache.length = 3
+    large.forward([[1, 2]] * n_batch, cache)
+    assert is_packed(large) and large.passes.few_rows_pay(1)
+
+
+def test_packing_is_given_up_where_it_takes_too_long(large, monkeypatch):
+    monkeypatch.setattr(fast.shares, "seconds_to_fill", lambda matrices: 60.0)
+    monkeypatch.setattr(fast.shares, "seconds", lambda way, n_rows, matrices: 1.0)
+    cache = large.new_cache(n_seq=103)
+    large.forward([[1, 2, 3]], cache)
+    large.forward([[1, 2]], cache)
+    assert not is_packed(large) and "take 60 steps to pack and 100 tokens were to come" in large.passes.shares.report
+    assert not large.passes.few_rows_pay(119) and large.passes.few_rows_pay(120)
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_panels_that_do_not_fit_are_left_out(large, cheap, monkeypatch, is_refused):
+    expected = random_model(n_ctx=200).forward([[1, 2]], random_model(n_ctx=200).new_cache())
+    if is_refused:
+        monkeypatch.setattr(fast.shares, "available_bytes", lambda: 1e30)
+        memory_for = large.passes.shares.memory_for
+        monkeypatch.setattr(large.passes.shares, "memory_for", lambda n: memory_for(1 << 60))
+    else:
+        monkeypatch.setattr(fast.shares, "available_bytes", lambda: n_bytes(large.params))
+    cache = large.new_cache()
+    for _ in range(2):
+        cache.length = 0
+        large.forward([[1, 2, 3]], cache)
+        large.forward([[1, 2]], cache)
+    assert not is_packed(large) and "do not fit in" in large.passes.shares.report
+    assert large.passes.few_rows_pay(1)  # as far as that is known; what pays is measured then
+    np.testing.assert_allclose(large.forward([[1, 2]], large.new_cache()), expected, atol=1e-4)
+
+
+def test_without_threadpoolctl_products_are_plain(cheap, monkeypatch):
+    model = random_model(n_ctx=40)
+    monkeypatch.setattr(blas, "controller", None)
+    large = shared_out(model, is_packed=False)
+    cache = large.new_cache()
+    large.forward([[1, 2, 3]], cache)
+    large.forward([[4, 5]], cache)
+    large.forward([[6]], cache)
+    assert not is_packed(large)
+    expected = model.forward([[1, 2, 3, 4, 5, 6, 7]], model.new_cache())
+    np.testing.assert_allclose(large.forward([[7]], cache), expected, rtol=0, atol=1e-4)
+
+
+def test_a_cache_that_looks_is_not_divided():
+    from analysis.inside import look_inside
+
+    model = random_model(n_ctx=40)
+    for expected, got in zip(look_inside(model, [1, 2, 3]), look_inside(shared_out(model), [1, 2, 3]), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Threads that wait for each other
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_meeting_adds_the_same_in_every_thread():
+    meeting, rng = Meeting(3), np.random.default_rng(0)
+    x, totals = rng.standard_normal((50, 3, 8), np.float32), [[], [], []]
+
+    def add(me):
+        for parts in x:
+            totals[me].append(meeting.total(me, parts[me]))
+
+    threads = [threading.Thread(target=add, args=[me], daemon=True) for me in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert np.array_equal(totals[0], totals[1]) and np.array_equal(totals[0], totals[2])
+    np.testing.assert_allclose(totals[0], x.sum(1), rtol=0, atol=1e-5)
+
+
+def test_nobody_waits_where_a_meeting_was_stopped():
+    meeting = Meeting(2)
+    meeting.stop()
+    with pytest.raises(Stopped):
+        meeting.total(0, np.zeros(3))
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_share_that_fails_stops_the_others_and_its_error_arrives(monkeypatch, failing, error):
+    model, store = shared_out(random_model(n_ctx=40)), gpt2.KVCache.append
+    cache = model.new_cache()
+    model.forward([[1, 2, 3]], cache)
+
+    def fail(self, layer, qkv):
+        if layer == 1 and self.kv.ctypes.data == cache.kv[:, :, :, failing].ctypes.data:
+            raise error
+        return store(self, layer, qkv)
+
+    monkeypatch.setattr(gpt2.KVCache, "append", fail)
+    with pytest.raises(error):
+        model.forward([[4, 5]], cache)
+    assert cache.length == 3 and not blas.holders and not crews
+    monkeypatch.setattr(gpt2.KVCache, "append", store)
+    model.forward([[4, 5]], cache)
+    assert cache.length == 5
+
+
+def test_a_whole_model_is_packed_into_one_piece_of_memory(large):
+    large.passes.shares.pack()
+    assert len({id(matrix.panels.base) for share in large.passes.shares.matrices for matrix in share}) == 1

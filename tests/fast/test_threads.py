@@ -1,0 +1,150 @@
+import os
+import threading
+import time
+import warnings
+
+import numpy as np
+import pytest
+from helpers import random_model, run, shared_out
+
+from fast import threads
+from fast.threads import Stopped, blas, crews
+
+
+def n_blas():
+    return blas.controller.get_num_threads() if blas.controller else None
+
+
+def test_results_come_in_order_and_threads_are_used_again():
+    idents = [set(threads.run([threading.get_ident] * 3)) for _ in range(3)]
+    assert idents[0] == idents[1] == idents[2] and len(idents[0]) == 3
+    assert threads.run([lambda i=i: i for i in range(5)]) == list(range(5))
+    assert threading.get_ident() not in idents[0]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_any_thread_arrives_and_stops_the_others(failing):
+    stopped = threading.Event()
+
+    def work(number):
+        if number == failing:
+            raise ZeroDivisionError(number)
+        assert stopped.wait(60)
+        raise Stopped
+
+    for _ in range(3):  # and there are threads for the next
+        stopped.clear()
+        with pytest.raises(ZeroDivisionError):
+            threads.run([lambda i=i: work(i) for i in range(2)], stopped.set)
+    assert threads.run([int, int]) == [0, 0]
+
+
+def test_several_callers_have_threads_of_their_own():
+    together, idents = threading.Barrier(4), []
+
+    def call():
+        idents.extend(threads.run([lambda: (together.wait(60) and 0) or threading.get_ident()] * 2))
+
+    callers = [threading.Thread(target=call, daemon=True) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert len(set(idents)) == 4
+
+
+def test_a_thread_ends_with_its_crew():
+    n_before = threading.active_count()
+    threads.run([int] * 7)
+    assert threading.active_count() >= n_before
+    crews.clear()
+    for _ in range(1000):
+        if threading.active_count() <= n_before:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"{threading.active_count() - n_before} threads are left")
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"])
+def test_the_number_of_threads_is_respected(monkeypatch, name):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    n_cores = threads.count_threads()
+    assert 1 <= n_cores <= (os.cpu_count() or 1)
+    monkeypatch.setenv(name, "1")
+    assert threads.count_threads() == 1
+    for unusable in ("0", "many", "", "100000"):
+        monkeypatch.setenv(name, unusable)
+        assert threads.count_threads() == n_cores
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_blas_has_one_thread_during_a_pass_and_its_own_before_and_after(is_large, monkeypatch):
+    pytest.importorskip("threadpoolctl")
+    model, during = random_model(), []
+    if is_large:
+        model = shared_out(model)
+    cache = model.new_cache()
+    store = type(cache).append
+    monkeypatch.setattr(type(cache), "append", lambda *args: during.append(n_blas()) or store(*args))
+    before = n_blas()
+    blas.set(2)  # as a program may have set it
+    try:
+        for n in (5, 2, 1 if not is_large else 2):
+            model.forward([list(range(n))], cache)
+            assert n_blas() == 2
+    finally:
+        blas.set(before)
+    assert set(during) == {1} and not blas.holders
+
+
+def test_the_last_of_several_passes_lets_blas_go():
+    pytest.importorskip("threadpoolctl")
+    before, inside, leave = n_blas(), threading.Barrier(3), threading.Event()
+
+    def hold():
+        with blas.held():
+            inside.wait(60)
+            leave.wait(60)
+
+    holders = [threading.Thread(target=hold, daemon=True) for _ in range(2)]
+    for holder in holders:
+        holder.start()
+    inside.wait(60)
+    with blas.held():
+        assert n_blas() == 1
+    assert n_blas() == 1
+    leave.set()
+    for holder in holders:
+        holder.join(60)
+    assert n_blas() == before
+
+
+def test_threads_warn_as_their_caller_does():
+    """Weights that are NaN are reported in one line, not by warnings of the threads that meet them first."""
+    x, warned = np.full(8, np.inf, np.float32), []
+
+    def work():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            x - x
+        warned.append(bool(caught))
+
+    with np.errstate(invalid="ignore"):
+        threads.run([work])
+    assert warned == [False]
+
+
+def test_a_sandbox_that_binds_no_threads_is_no_error():
+    code = """if True:
+        import os, sys
+        def refuse(*args):
+            raise PermissionError
+        os.sched_setaffinity = refuse
+        sys.path.insert(0, "tests")
+        from helpers import random_model, shared_out
+        model = shared_out(random_model())
+        assert model.forward([[1, 2]], model.new_cache()).shape == (1, 1, 61)
+    """
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")

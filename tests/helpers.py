@@ -1,0 +1,64 @@
+"""What several test files need: random models of any shape, and the program as a subprocess."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+from checkpoints.weights import expected_shapes, nest_params
+from fast.shares import Shares
+from gpt2 import Model
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MODELS = os.path.join(ROOT, "models")
+
+
+def random_variables(hparams, seed=0):
+    """Weights by checkpoint name, large enough that every layer matters and the logits differ clearly."""
+    rng = np.random.default_rng(seed)
+    variables = {}
+    for name, shape in expected_shapes(hparams):
+        scale = 0.3 if name.endswith(("/w", "/b", "/g")) else 0.5
+        array = rng.normal(scale=scale / (shape[-2] ** 0.5 / 4 if name.endswith("/w") else 1), size=shape)
+        variables[f"model/{name}"] = np.float32(array + name.endswith("/g"))
+    return variables
+
+
+def random_model(n_vocab=61, n_ctx=24, n_embd=24, n_head=3, n_layer=3, seed=0):
+    hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
+    return Model(hparams, nest_params(random_variables(hparams, seed), hparams, "random"))
+
+
+def shared_out(model, n_threads=3, way=None, is_packed=True):
+    """The same model computed as a large one, all but single rows in shares."""
+    model = Model(model.hparams, model.params)
+    model.passes.is_large, model.passes.shares = True, Shares(model.hparams, model.params, n_threads)
+    if way:
+        model.passes.shares.ways.update(dict.fromkeys(range(1, 65), way))
+    if is_packed:
+        model.passes.shares.pack()
+    return model
+
+
+def run(*args, stdin="", env=None, cwd=ROOT):
+    """The finished process of `python args`, run from the project's folder, its output as text."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        encoding="utf-8",
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        timeout=120,
+    )
+
+
+def read_bytes(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def write_bytes(path, content):
+    with open(path, "wb") as f:
+        f.write(content)
