@@ -17,6 +17,8 @@ from itertools import chain
 
 import regex
 
+from checkpoints import DOWNLOAD_AGAIN
+
 END_OF_TEXT = "<|endoftext|>"
 # openai/gpt-2, src/encoder.py: contractions, then runs of letters, of digits, of anything else, and of white space,
 # which leaves its last space to the word that follows.
@@ -137,11 +139,11 @@ def read_token_ids(path: str) -> dict[str, int]:
         try:
             token_ids = json.load(f)
         except (ValueError, RecursionError) as e:  # not UTF-8, not JSON, or nested a thousand deep
-            raise ValueError(f"{path}: expected a JSON object of token ids, found {e}; download the file again") from e
+            raise ValueError(f"{path}: expected a JSON object of token ids, found {e}; {DOWNLOAD_AGAIN}") from e
     if not isinstance(token_ids, dict) or set(map(type, token_ids.values())) != {int}:
-        raise ValueError(f"{path}: expected a JSON object of strings to whole numbers; download the file again")
+        raise ValueError(f"{path}: expected a JSON object of strings to whole numbers; {DOWNLOAD_AGAIN}")
     if len(set(token_ids.values())) != len(token_ids) or min(token_ids.values()) < 0:
-        raise ValueError(f"{path}: expected distinct ids from 0 up, found another; download the file again")
+        raise ValueError(f"{path}: expected distinct ids from 0 up, found another; {DOWNLOAD_AGAIN}")
     if missing := set(BYTE_TO_CHAR.values()) - token_ids.keys():
         raise ValueError(f"{path}: expected a token for each of the 256 bytes, found none for {sorted(missing)[:5]}")
     if foreign := set("".join(token_ids)) - set(BYTE_TO_CHAR.values()):
@@ -155,9 +157,9 @@ def read_merge_ranks(path: str, token_ids: dict[str, int]) -> dict[tuple[str, st
         try:
             lines = f.read().split("\n")
         except UnicodeDecodeError as e:
-            raise ValueError(f"{path}: expected UTF-8 text, found {e}; download the file again") from e
+            raise ValueError(f"{path}: expected UTF-8 text, found {e}; {DOWNLOAD_AGAIN}") from e
     if not lines[0].startswith("#version"):
-        raise ValueError(f"{path}: expected '#version' in line 1, found {lines[0][:40]!r}; download the file again")
+        raise ValueError(f"{path}: expected '#version' in line 1, found {lines[0][:40]!r}; {DOWNLOAD_AGAIN}")
     pairs = [tuple(line.split()) for line in lines[1:]]
     while pairs and not pairs[-1]:
         pairs.pop()

@@ -16,6 +16,7 @@ import stat
 import sys
 from collections.abc import Callable
 
+from checkpoints import DOWNLOAD_AGAIN
 from checkpoints.tensorflow import data_path, read_checkpoint, read_index, verify_checkpoint
 from checkpoints.weights import check_finite, expected_shapes, nest_params
 from encoder import Encoder, get_encoder
@@ -56,7 +57,7 @@ def check_file(model_size: str, name: str, path: str, folder: str) -> None:
     if expected and model_size in OPENAI_SIZES:
         found = sha256_of(path)
         if found != expected:
-            raise ValueError(f"{path} has sha256 {found}, expected {expected}; download the file again")
+            raise ValueError(f"{path} has sha256 {found}, expected {expected}; {DOWNLOAD_AGAIN}")
     elif name == HPARAMS:
         read_hparams(path)
     elif name == INDEX:
@@ -86,7 +87,7 @@ def check_files(folder: str) -> None:
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is a folder, a pipe or a device, expected a file; put the model's file there")
         if status.st_size > (limit := MAX_SIZES.get(name, status.st_size)):
-            raise ValueError(f"{path} has {status.st_size} bytes, expected {limit} at most; download the file again")
+            raise ValueError(f"{path} has {status.st_size} bytes, expected {limit} at most; {DOWNLOAD_AGAIN}")
 
 
 def read_hparams(path: str) -> dict[str, int]:
@@ -95,16 +96,16 @@ def read_hparams(path: str) -> dict[str, int]:
         try:
             hparams = json.load(f)
         except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}: expected a JSON object, found {e}; download the file again") from e
+            raise ValueError(f"{path}: expected a JSON object, found {e}; {DOWNLOAD_AGAIN}") from e
     for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer"):
         value = hparams.get(name) if isinstance(hparams, dict) else None
         if type(value) is not int or not 0 < value < 1 << 31:
             raise ValueError(
-                f"{path}: {name} is {reprlib.repr(value)}, expected a whole number above 0; download the file again"
+                f"{path}: {name} is {reprlib.repr(value)}, expected a whole number above 0; {DOWNLOAD_AGAIN}"
             )
     if hparams["n_embd"] % hparams["n_head"]:
         raise ValueError(
-            f"{path}: n_embd {hparams['n_embd']} is no multiple of n_head {hparams['n_head']}; download the file again"
+            f"{path}: n_embd {hparams['n_embd']} is no multiple of n_head {hparams['n_head']}; {DOWNLOAD_AGAIN}"
         )
     return hparams
 

@@ -1,1 +1,3 @@
 """Files of weights, read into named arrays."""
+
+DOWNLOAD_AGAIN = "delete the file and run again to download it"  # the way out of a damaged one

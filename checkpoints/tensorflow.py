@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DOWNLOAD_AGAIN = "delete the file and run again to download it"
+from checkpoints import DOWNLOAD_AGAIN
+
 BUNDLE_KEY = b""  # the table's first key holds the BundleHeaderProto
 DT_FLOAT, DT_STRING, LITTLE_ENDIAN = 1, 7, 0
 # Bytes of one number by dtype (tensorflow/core/framework/types.proto): the floats, integers and booleans.

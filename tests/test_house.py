@@ -13,7 +13,7 @@ ROOMS = {"analysis", "benchmarks", "checkpoints", "console", "decoding", "fast"}
 MAY_IMPORT = {
     "gpt2": {"checkpoints", "console", "decoding", "fast", "utils"},
     "speculative": {"console", "decoding", "gpt2"},
-    "encoder": set(),
+    "encoder": {"checkpoints"},
     "utils": {"checkpoints", "console", "encoder"},
     "fast": set(),
     "decoding": set(),
