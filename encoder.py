@@ -19,6 +19,7 @@ import regex
 
 from checkpoints import DOWNLOAD_AGAIN
 
+MODELS_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models")  # in whatever folder one is
 END_OF_TEXT = "<|endoftext|>"
 # openai/gpt-2, src/encoder.py: contractions, then runs of letters, of digits, of anything else, and of white space,
 # which leaves its last space to the word that follows.
@@ -174,7 +175,7 @@ def read_merge_ranks(path: str, token_ids: dict[str, int]) -> dict[tuple[str, st
     return ranks
 
 
-def get_encoder(model_size: str, models_dir: str = "models") -> Encoder:
+def get_encoder(model_size: str, models_dir: str = MODELS_DIR) -> Encoder:
     """The encoder of `models_dir/model_size`. ValueError: a damaged file, with its name."""
     folder = os.path.join(models_dir, model_size)
     token_ids = read_token_ids(os.path.join(folder, "encoder.json"))

@@ -22,7 +22,7 @@ from console.flags import GPT2, with_flags
 from console.stats import Stopwatch
 from decoding.prefill import left_padded, prefilled
 from decoding.requests import check_batch, check_request, check_tokens
-from decoding.sampling import Sampler, for_text, greedy, is_near_tie
+from decoding.sampling import Sampler, for_row, for_text, greedy, is_near_tie
 from fast import Passes, elementwise, mean, row_sums, take_rows, tiled, times_transposed
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
@@ -222,8 +222,8 @@ class Model:
         return logits
 
 
-def load_model(model_size: str, models_dir: str = "models"):  # -> (Encoder, Model)
-    """A model by its name, with its vocabulary; an OpenAI size is downloaded first if need be."""
+def load_model(model_size: str, models_dir: str | None = None):  # -> (Encoder, Model)
+    """A model of `models_dir`, the folder beside this file unless given; an OpenAI size is downloaded if need be."""
     from utils import load_encoder_hparams_and_params  # which only programs need
 
     encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
@@ -278,11 +278,11 @@ def generate_batch(
 ) -> list[list[int]]:
     """The ids that `generate` yields after each of `prompts`, all computed together: weights are read once for all.
 
-    `sample` may be one for each prompt. A text ends after n_tokens, or when is_end(its new ids) is true, and costs
-    nothing from then on. Equal prompts are computed once. ValueError, before any work: what generate refuses for any
-    prompt, no prompts, another number of samplers, or slide_by with prompts of different lengths.
+    `sample` may be one for each prompt; one for all gets the seeds N, N + 1 and so on. A text ends after n_tokens, or
+    when is_end(its new ids) is true, and costs nothing from then on. Equal prompts are computed once. ValueError,
+    before any work: what generate refuses, no prompts, other numbers of samplers, or slide_by with different lengths.
     """
-    samples = list(sample) if isinstance(sample, Sequence) else [sample] * len(prompts)
+    samples = list(sample) if isinstance(sample, Sequence) else [for_row(sample, i) for i in range(len(prompts))]
     check_batch(prompts, len(samples), n_tokens, model.hparams["n_ctx"], slide_by)
     cache = prefilled(model, prompts, max(map(len, prompts)) + n_tokens if slide_by is None else None)
     seqs = [Seq(prompt, n_tokens, choose, is_end) for prompt, choose in zip(prompts, samples, strict=True)]

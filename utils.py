@@ -19,9 +19,10 @@ from collections.abc import Callable
 from checkpoints import DOWNLOAD_AGAIN
 from checkpoints.tensorflow import data_path, read_checkpoint, read_index, verify_checkpoint
 from checkpoints.weights import check_finite, expected_shapes, nest_params
-from encoder import Encoder, get_encoder
+from encoder import MODELS_DIR, Encoder, get_encoder
 
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+D_HEAD = 64  # in all OpenAI sizes
 OPENAI_SIZES = ("124M", "355M", "774M", "1558M")
 HPARAMS, TOKEN_IDS, MERGES = "hparams.json", "encoder.json", "vocab.bpe"
 CHECKPOINT = "model.ckpt"
@@ -59,7 +60,10 @@ def check_file(model_size: str, name: str, path: str, folder: str) -> None:
         if found != expected:
             raise ValueError(f"{path} has sha256 {found}, expected {expected}; {DOWNLOAD_AGAIN}")
     elif name == HPARAMS:
-        read_hparams(path)
+        hparams = read_hparams(path)
+        if model_size in OPENAI_SIZES and hparams["n_embd"] != D_HEAD * hparams["n_head"]:
+            heads = f"n_embd {hparams['n_embd']} and n_head {hparams['n_head']}"
+            raise ValueError(f"{path}: {heads}, expected heads of {D_HEAD} as in all OpenAI sizes; {DOWNLOAD_AGAIN}")
     elif name == INDEX:
         read_index(path)
     elif name == DATA:
@@ -170,30 +174,46 @@ def find_model(model_size: str, models_dir: str) -> str:
 
 
 def read_encoder(model_size: str, models_dir: str, hparams: dict[str, int]) -> Encoder:
-    """The encoder of a model. ValueError: it is damaged, or has tokens that the model has not."""
+    """The encoder of a model. ValueError: it is damaged, has tokens that the model has not, or ids without a token."""
     encoder = get_encoder(model_size, models_dir)
     if max(encoder.tokens) >= hparams["n_vocab"]:
         raise ValueError(
             f"{os.path.join(models_dir, model_size)}: {TOKEN_IDS} has ids up to {max(encoder.tokens)}, {HPARAMS} a "
             f"vocabulary of {hparams['n_vocab']}; the files must belong to one model"
         )
+    if holes := set(range(max(encoder.tokens))) - encoder.tokens.keys():
+        raise ValueError(
+            f"{os.path.join(models_dir, model_size)}: {TOKEN_IDS} has no token for id {min(holes)}, which the model "
+            "could choose; the files must belong to one model"
+        )
     return encoder
 
 
-def load_encoder_hparams_and_params(model_size: str, models_dir: str = "models") -> tuple[Encoder, dict, dict]:
+def only_tokens(encoder: Encoder, hparams: dict[str, int], params: dict) -> tuple[dict[str, int], dict]:
+    """The model without the last rows of wte where those have no token, as in a padded vocabulary: never chosen."""
+    n_vocab = max(encoder.tokens) + 1
+    if n_vocab == hparams["n_vocab"]:
+        return hparams, params
+    return hparams | {"n_vocab": n_vocab}, params | {"wte": params["wte"][:n_vocab]}
+
+
+def load_encoder_hparams_and_params(model_size: str, models_dir: str | None = None) -> tuple[Encoder, dict, dict]:
     """(encoder, hparams, params) of `models_dir/model_size`; an OpenAI size is downloaded first if need be.
+
+    `models_dir` is the folder beside the programs unless given.
 
     The weights are float32 views of the mapped checkpoint, nested as in picoGPT: params["wte"],
     params["blocks"][i]["attn"]["c_attn"]["w"] ...
 
     ValueError: no such model, or a damaged one. ConnectionError: it could not be fetched.
     """
+    models_dir = MODELS_DIR if models_dir is None else models_dir
     folder = find_model(model_size, models_dir)
     check_files(folder)
     hparams = read_hparams(os.path.join(folder, HPARAMS))
     encoder = read_encoder(model_size, models_dir, hparams)
     prefix = os.path.join(folder, CHECKPOINT)
-    return encoder, hparams, nest_params(read_checkpoint(prefix), hparams, prefix)
+    return encoder, *only_tokens(encoder, hparams, nest_params(read_checkpoint(prefix), hparams, prefix))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,7 +233,8 @@ def find_problems(model_size: str, models_dir: str) -> list[str]:
         lambda: nest_params(read_checkpoint(prefix), read_hparams(hparams_path), prefix),
         lambda: check_finite(read_checkpoint(prefix), prefix),
     ]
-    problems: dict[str, None] = {}  # a set in order: some checks find the same
+    # A set in order: some checks find the same.
+    problems: dict[str, None] = {f"{os.path.join(folder, name)} is missing": None for name in missing_files(folder)}
     for check in checks:
         try:
             check()
@@ -224,15 +245,16 @@ def find_problems(model_size: str, models_dir: str) -> list[str]:
     return list(problems)
 
 
-def verify(model_size: str, *, models_dir: str = "models"):
+def verify(model_size: str, *, models_dir: str | None = None):
     """Check a model on disk: python utils.py verify MODEL_SIZE [flags]
 
     MODEL_SIZE           124M, 355M, 774M or 1558M, or a folder of models_dir
-    --models_dir models  where the models are
+    --models_dir models  where the models are, beside the programs unless given
 
     Reads every byte: published checksums, hparams.json, the vocabulary, the checkpoint's index, whether the shapes
     are the model's, the checksum of each tensor, and whether all weights are finite. Status 1: something is wrong.
     """
+    models_dir = MODELS_DIR if models_dir is None else models_dir
     folder = os.path.join(models_dir, model_size)
     if not model_size or not os.path.isdir(folder):
         here = ", ".join(models_in(models_dir)) or "none"
@@ -244,10 +266,11 @@ def verify(model_size: str, *, models_dir: str = "models"):
     if problems:
         raise ValueError(f"{folder}: problems found: {len(problems)}; replace what they name")
     hparams = read_hparams(os.path.join(folder, HPARAMS))
+    checked = "every published checksum" if model_size in OPENAI_SIZES else f"the checksums of {DATA} and {INDEX}"
     n_weights = sum(math.prod(shape) for _, shape in expected_shapes(hparams))
     print(
         f"{folder}: OK: {n_weights} finite weights in {hparams['n_layer']} layers, {hparams['n_vocab']} tokens, "
-        "every checksum right",
+        f"{checked} right" + ("" if model_size in OPENAI_SIZES else f"; {HPARAMS} and the vocabulary have none"),
         file=sys.stderr,
     )
 

@@ -81,7 +81,7 @@ def main(
     prompt: str,
     *,
     model_size: str = "124M",
-    models_dir: str = "models",
+    models_dir: str | None = None,
     layer=0,
     path: str = "attention.png",
 ):
@@ -89,7 +89,7 @@ def main(
 
     PROMPT                 a text of up to 64 tokens
     --model_size 124M      124M, 355M, 774M or 1558M, downloaded when first used, or a folder of models_dir
-    --models_dir models    where the models are
+    --models_dir models    where the models are, beside the programs unless given
     --layer 0              whose attention, counted from 0
     --path attention.png   the picture: heads in a grid, a row for each token, dark where it looks
     """

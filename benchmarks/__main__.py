@@ -13,13 +13,13 @@ OF_ANY_MODEL = (decode, prefill, rows, batch, components, ablation)
 OF_CERTAIN_MODELS = (cache, load, drafters, acceptance)
 
 
-def speculation(models_dir: str = "models"):
+def speculation(models_dir: str | None = None):
     """Both tables on speculation: the embedded pair with each drafter, and the real shapes by acceptance."""
     drafters(models_dir=models_dir)
     acceptance(models_dir=models_dir)
 
 
-def all_tables(model_size: str = "random:124M", models_dir: str = "models"):
+def all_tables(model_size: str = "random:124M", models_dir: str | None = None):
     """Every table, and one Markdown file of them all."""
     for table in OF_ANY_MODEL:
         table(model_size, models_dir)

@@ -60,7 +60,7 @@ def draw_endurance(table: list[dict], title: str, axes) -> None:
 
 
 def endurance(
-    model_size: str = "tiny", models_dir: str = "models", *, draft_model_size: str = "nano", n_tokens=200_000
+    model_size: str = "tiny", models_dir: str | None = None, *, draft_model_size: str = "nano", n_tokens=200_000
 ):
     """Time and memory by tenths of a text of n_tokens that slides, and of one a tenth as long with a draft."""
     is_enough = is_whole(n_tokens) and n_tokens >= N_PARTS**2

@@ -13,6 +13,7 @@ import numpy as np
 import gpt2
 from benchmarks.measure import draw_bars, in_turn, load_or_random, milliseconds, random_ids, report
 from benchmarks.peers import plain_forward
+from encoder import MODELS_DIR
 
 
 @contextlib.contextmanager
@@ -45,7 +46,7 @@ def draw_cache(table: list[dict], title: str, axes) -> None:
     axes.legend(frameon=False)
 
 
-def cache(model_size: str = "tiny", models_dir: str = "models", *, n_points=24):
+def cache(model_size: str = "tiny", models_dir: str | None = None, *, n_points=24):
     """The time of a step at every position with the KV cache, and without."""
     model = load_or_random(model_size, models_dir)
     n_ctx = model.hparams["n_ctx"]
@@ -123,7 +124,7 @@ def draw_components(table: list[dict], title: str, axes) -> None:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def components(model_size: str = "random:124M", models_dir: str = "models", *, n_times=9):
+def components(model_size: str = "random:124M", models_dir: str | None = None, *, n_times=9):
     """Where a step's time goes, by position."""
     model = load_or_random(model_size, models_dir)
     n_ctx, n_embd, n_vocab = (model.hparams[name] for name in ("n_ctx", "n_embd", "n_vocab"))
@@ -187,7 +188,7 @@ def with_other_gelu(fed, n_prompt, model, n_rows, gelu):  # -> [n_vocab]
         return with_this_program(fed, n_prompt, model, n_rows)
 
 
-def ablation(model_size: str = "random:124M", models_dir: str = "models", *, n_prompt=96, n_tokens=26):
+def ablation(model_size: str = "random:124M", models_dir: str | None = None, *, n_prompt=96, n_tokens=26):
     """ms a token, prompt included, as what makes the program fast is switched on step by step."""
     model = load_or_random(model_size, models_dir)
     n_head, exact = model.hparams["n_head"], with_dtype(model.params, np.float64)
@@ -239,9 +240,9 @@ def time_processes(code: str, n_times: int) -> dict[str, float]:
     return milliseconds(np.array(times)) | {"peak_gb": round(np.median(peaks), 3)}
 
 
-def load(model_size: str = "tiny", models_dir: str = "models", *, n_times=5):
+def load(model_size: str = "tiny", models_dir: str | None = None, *, n_times=5):
     """Time and memory of a process to its first token, and of one that reads the checkpoint with TensorFlow."""
-    prefix = os.path.join(models_dir, model_size, "model.ckpt")
+    prefix = os.path.join(models_dir or MODELS_DIR, model_size, "model.ckpt")
     first_token = f"import gpt2; _, model = gpt2.load_model({model_size!r}, {models_dir!r}); "
     first_token += "next(gpt2.generate(model, [0], 1))"
     tensorflow = f"import tensorflow as tf; r = tf.train.load_checkpoint({prefix!r}); "

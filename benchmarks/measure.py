@@ -19,7 +19,7 @@ SETTLE_S = 0.12  # after a product, BLAS's own threads spin for up to 0.1 s and 
 SHAPES = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
 
 
-def load_or_random(model_size: str, models_dir: str = "models") -> gpt2.Model:
+def load_or_random(model_size: str, models_dir: str | None = None) -> gpt2.Model:
     """A model by its name, or for random:SIZE one with random weights of the shapes of an OpenAI size.
 
     ValueError: there is no such size, or what gpt2.load_model refuses.

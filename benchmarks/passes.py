@@ -45,7 +45,7 @@ def time_steps(model: gpt2.Model, peers: list, position: int, n_times: int) -> t
     return {name: seconds / n_steps[name] for name, seconds in times.items()}, logits
 
 
-def decode(model_size: str = "random:124M", models_dir: str = "models", *, n_times=11):
+def decode(model_size: str = "random:124M", models_dir: str | None = None, *, n_times=11):
     """A token from positions 10 and 900 on: this program, the stream of its weights, the peers."""
     model = load_or_random(model_size, models_dir)
     n_ctx, n_embd, n_layer = (model.hparams[name] for name in ("n_ctx", "n_embd", "n_layer"))
@@ -66,7 +66,7 @@ def decode(model_size: str = "random:124M", models_dir: str = "models", *, n_tim
     report("decode", table, partial(draw_bars, first, "program", f"{model_size}: a token from position 10 on"))
 
 
-def prefill(model_size: str = "random:124M", models_dir: str = "models", *, n_tokens=1000, n_times=5):
+def prefill(model_size: str = "random:124M", models_dir: str | None = None, *, n_tokens=1000, n_times=5):
     """A prompt of n_tokens, logits of its last row: this program and the peers."""
     model = load_or_random(model_size, models_dir)
     ids = random_ids(model, min(n_tokens, model.hparams["n_ctx"]))
@@ -136,7 +136,7 @@ def draw_rows(table: list[dict], title: str, axes) -> None:
 
 def rows(
     model_size: str = "random:124M",
-    models_dir: str = "models",
+    models_dir: str | None = None,
     *,
     draft_model_size: str = "random:124M",
     position=10,
@@ -173,7 +173,7 @@ def draw_batch(table: list[dict], title: str, axes) -> None:
     axes.set(xlabel="prompts at once", ylabel="tokens/s", ylim=0, title=title)
 
 
-def batch(model_size: str = "random:124M", models_dir: str = "models", *, n_tokens=100, n_times=3):
+def batch(model_size: str = "random:124M", models_dir: str | None = None, *, n_tokens=100, n_times=3):
     """Tokens a second of 1 to 64 prompts of different lengths at once, and of one after another.
 
     The weights are packed before, for both.

@@ -34,7 +34,7 @@ def drafter_makers(draft: gpt2.Model, sample: Sampler) -> dict[str, Callable]:
 
 
 def drafters(
-    model_size: str = "tiny", models_dir: str = "models", *, draft_model_size: str = "nano", n_tokens=200, n_times=5
+    model_size: str = "tiny", models_dir: str | None = None, *, draft_model_size: str = "nano", n_tokens=200, n_times=5
 ):
     """Wall time of texts of the embedded target, plain and with each drafter; the texts are compared."""
     encoder, target = gpt2.load_model(model_size, models_dir)
@@ -94,7 +94,7 @@ def draw_acceptance(cost: list[float], title: str, axes) -> None:
 def acceptance(
     target_size: str = "random:1558M",
     draft_size: str = "random:124M",
-    models_dir: str = "models",
+    models_dir: str | None = None,
     *,
     n_tokens=200,
     n_short=40,

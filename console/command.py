@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from console import interrupts
-from console.arguments import parse_arguments
+from console.arguments import asks_for_help, parse_arguments
 from console.errors import abandon, fail
 
 BROKEN_PIPE = 141  # the status that shells give to programs ended by this signal: 128 + 13
@@ -37,7 +37,7 @@ def run(command: Callable | dict[str, Callable]) -> None:
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the run
         if isinstance(command, dict):
             command, argv = choose(command, argv)
-        if {"-h", "--help"} & set(argv):
+        if asks_for_help(argv, dict(inspect.signature(command).parameters)):
             print(inspect.getdoc(command))
         else:
             command(**parse_arguments(command, argv))

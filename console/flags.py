@@ -6,13 +6,16 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from decoding.requests import check_n_tokens
+from decoding.requests import check_length_penalty, check_n_tokens, check_request
 from decoding.sampling import check, is_whole, make_sampler
-from decoding.stopping import check_overflow, check_stops
+from decoding.stopping import check_overflow, check_stops, slide_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The tables
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+OPENAI_SIZES, OPENAI_N_CTX = ("124M", "355M", "774M", "1558M"), 1024
 
 
 class Flag(NamedTuple):
@@ -29,7 +32,7 @@ class Flag(NamedTuple):
 
 PROMPT = Flag(None, 'the text to continue; "-", or none and a pipe: it is read from stdin', str)
 LENGTH = {"n_tokens_to_generate": Flag(40, "how many tokens to add; fewer if the text ends")}
-MODELS_DIR = {"models_dir": Flag("models", "where the models are", str)}
+MODELS_DIR = {"models_dir": Flag(None, "where the models are, beside the programs unless given", str, "models")}
 SAMPLING = {
     "temperature": Flag(0, "0 takes the likeliest token; above, sample from softmax(logits / temperature)"),
     "top_k": Flag(0, "sample among the k likeliest only, 0: all"),
@@ -164,6 +167,13 @@ def check_shared(options) -> None:
     sampler_of(options, options.seed)
 
 
+def check_openai_size(options, model_size: str) -> None:
+    """What an OpenAI size would refuse after its download."""
+    if model_size in OPENAI_SIZES:
+        slide_by = slide_of(options.overflow, options.slide_by, OPENAI_N_CTX)
+        check_request([0], options.n_tokens_to_generate, OPENAI_N_CTX, slide_by)
+
+
 def check_gpt2(options) -> None:
     o = options
     check_count(o, "n_samples", 1)
@@ -186,6 +196,9 @@ def check_gpt2(options) -> None:
     check_together(n_beam=is_beam, temperature=o.temperature != 0)
     check_together(n_beam=is_beam, repetition_penalty=o.repetition_penalty != 1)
     check_together(n_beam=is_beam, overflow=o.overflow != "error")
+    check_length_penalty(o.length_penalty)
+    if o.score is None and not o.interactive:
+        check_openai_size(o, o.model_size)
 
 
 def check_speculative(options) -> None:
@@ -193,7 +206,9 @@ def check_speculative(options) -> None:
     drafter, n_draft = options.drafter, options.n_draft
     check("drafter", drafter, drafter in ("model", "lookup", "both"), "model, lookup or both")
     check("n_draft", n_draft, n_draft is None or (is_whole(n_draft) and n_draft >= 0), "a whole number of 0 or more")
-    check_count(options, "n_gram", 1)
+    n_gram = options.n_gram
+    check("n_gram", n_gram, is_whole(n_gram) and 1 <= n_gram <= 100, "a whole number from 1 to 100")
+    check_openai_size(options, options.target_model_size)
 
 
 def sampler_of(options, seed: int | None):

@@ -27,7 +27,7 @@ def lines() -> Iterator[str]:
         try:
             if is_terminal and not sys.stdout.isatty():  # stdout is for the text only
                 print("> ", end="", file=sys.stderr, flush=True)
-            yield input("> " if is_terminal and sys.stdout.isatty() else "")
+            yield input("> " if is_terminal and sys.stdout.isatty() else "").removesuffix("\r")
         except EOFError:
             print(end="\n" if is_terminal else "", file=sys.stderr)  # after the "> "
             return
@@ -53,7 +53,7 @@ class Conversation:
 
 
 def converse(model, encoder, complete: Callable, text_of: Callable, prompt: str | None) -> None:
-    """Answer `prompt`, if there is one, and then line after line; `complete` is a generate, `text_of` ends its text."""
+    """Answer `prompt`, if there is one, and then line after line. complete(ids, cache) is decoded by `text_of`."""
     conversation = Conversation(model)
     for line in chain([] if prompt is None else [prompt], lines()):
         goes_on = line == "" and conversation.tokens

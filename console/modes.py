@@ -44,7 +44,12 @@ def write_beams(search, text_of, json: bool) -> None:
 
 
 def as_line(values: dict) -> str:
-    return json_format.dumps(values, ensure_ascii=False) + "\n"
+    line = json_format.dumps(values, ensure_ascii=False) + "\n"
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json_format.dumps(values) + "\n"
+    return line
 
 
 def write_score(model, encoder, text: str, stride: int, json: bool) -> None:
@@ -116,9 +121,10 @@ def show_alternatives(ids: Iterator[int], watched: Alternatives, encoder, json: 
         yield i
 
 
-def write_one(options, complete, text_of, encoder, model, prompt_ids, stopwatch) -> None:
+def write_one(options, seed: int, complete, text_of, encoder, model, prompt_ids, stopwatch) -> None:
     """The text as it comes, or in one piece after what --top prints meanwhile."""
-    watched = Alternatives(complete.keywords["sample"], options.top) if options.top else complete.keywords["sample"]
+    sample = sampler_of(options, seed)
+    watched = Alternatives(sample, options.top) if options.top else sample
     ids = stopwatch.watch(complete(prompt_ids, sample=watched))
     texts = text_of(show_alternatives(ids, watched, encoder, options.json) if options.top else ids)
     if options.top:
@@ -128,6 +134,8 @@ def write_one(options, complete, text_of, encoder, model, prompt_ids, stopwatch)
     write_text(texts)
     if options.stats:
         print(stopwatch.report(model, len(prompt_ids)), file=sys.stderr)
+        if options.temperature:
+            print(f"seed     {seed}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,14 +151,18 @@ def checked_text(options) -> str | None:
     return read_prompt(options.prompt) if options.score is None else read_file(options.score)
 
 
+def seed_of(options) -> int:
+    return secrets.randbits(63) if options.seed is None else options.seed
+
+
 def write(options, text: str | None, encoder, model, generate: Callable, generate_batch: Callable, stopwatch) -> None:
     """What the flags ask for, after `text`; `generate` and `generate_batch` are those of gpt2.py."""
     n_ctx, n_tokens = model.hparams["n_ctx"], options.n_tokens_to_generate
     slide_by = slide_of(options.overflow, options.slide_by, n_ctx)
     if slide_by is not None:
         check_slide(slide_by, n_ctx)  # now: --interactive survives mistakes in a prompt
-    seed = secrets.randbits(63) if options.seed is None else options.seed
-    complete = partial(generate, model, n_tokens=n_tokens, sample=sampler_of(options, seed), slide_by=slide_by)
+    seed = seed_of(options)
+    complete = partial(generate, model, n_tokens=n_tokens, slide_by=slide_by)
     ending = {"stops": options.stop, "ignore_eot": options.ignore_eot}
     text_of = partial(text_until_end, encoder, **ending)
     if options.score is not None:
@@ -158,7 +170,10 @@ def write(options, text: str | None, encoder, model, generate: Callable, generat
     elif options.interactive:
         from console.interactive import converse  # this and beam search are for some runs only
 
-        converse(model, encoder, complete, text_of, options.prompt)
+        def answer(prompt_ids, cache):  # without --seed each text has noise of its own
+            return complete(prompt_ids, cache=cache, sample=sampler_of(options, seed_of(options)))
+
+        converse(model, encoder, answer, text_of, options.prompt)
     elif options.n_beam > 1:
         from decoding.beam import beam_search
 
@@ -171,4 +186,4 @@ def write(options, text: str | None, encoder, model, generate: Callable, generat
         seeds = ((seed + i) % 2**64 for i in range(options.n_samples))
         write_samples(batch, text_of, encoder.encode_prompt(text), partial(sampler_of, options), seeds, options.json)
     else:
-        write_one(options, complete, text_of, encoder, model, encoder.encode_prompt(text), stopwatch)
+        write_one(options, seed, complete, text_of, encoder, model, encoder.encode_prompt(text), stopwatch)

@@ -30,7 +30,12 @@ def read_file(path: str) -> str:
 def write_text(pieces: Iterable[str]) -> None:
     """Write text to stdout as it comes. A terminal gets a last line end; a pipe or a file the text and nothing else."""
     for text in pieces:
-        sys.stdout.write(text)
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError as e:
+            print(f"stdout is {e.encoding}, which has not all characters; these are escaped", file=sys.stderr)
+            sys.stdout.reconfigure(errors="backslashreplace")
+            sys.stdout.write(text)
         sys.stdout.flush()
     if sys.stdout.isatty():
         sys.stdout.write("\n")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from decoding.requests import check_request
-from decoding.sampling import check, is_number, is_whole, log_softmax
+from decoding.requests import check_length_penalty, check_request
+from decoding.sampling import check, is_whole, log_softmax
 
 
 def likeliest(totals, n):  # [n_rows, n_vocab] -> up to n of (total, row, id), best first
@@ -26,8 +26,7 @@ def likeliest(totals, n):  # [n_rows, n_vocab] -> up to n of (total, row, id), b
 def check_search(n_vocab: int, n_beam: int, length_penalty: float) -> None:
     is_beam = is_whole(n_beam) and 1 <= n_beam <= n_vocab
     check("n_beam", n_beam, is_beam, f"a whole number from 1 to {n_vocab}, the size of the vocabulary")
-    is_penalty = is_number(length_penalty) and -10 <= length_penalty <= 10
-    check("length_penalty", length_penalty, is_penalty, "a number from -10 to 10")
+    check_length_penalty(length_penalty)
 
 
 def beam_search(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from decoding.sampling import check, is_whole
+from decoding.sampling import check, is_number, is_whole
 
 
 def check_n_tokens(n_tokens: int) -> None:
@@ -49,6 +49,11 @@ def check_ids(ids, n_vocab: int) -> None:
     if ids.size and not 0 <= ids.min() <= ids.max() < n_vocab:
         bad = next(int(i) for i in ids.flat if not 0 <= i < n_vocab)
         raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {n_vocab - 1}")
+
+
+def check_length_penalty(length_penalty: float) -> None:
+    is_penalty = is_number(length_penalty) and -10 <= length_penalty <= 10
+    check("length_penalty", length_penalty, is_penalty, "a number from -10 to 10")
 
 
 def check_tokens(tokens: np.ndarray, n_last: int, cache, n_vocab: int) -> None:

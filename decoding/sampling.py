@@ -1,8 +1,9 @@
 """From logits to the next token id.
 
 A sampler is a callable (logits: float32[n_vocab], position: int) -> int; `position` is the index that the token will
-have in the text. It may also have `scores(logits, position) -> float[n_vocab]`, whose argmax it returns, and
-`for_text(tokens) -> Sampler`: the same sampler reading a text, a list that the caller goes on appending to.
+have in the text. It may also have `scores(logits, position) -> float[n_vocab]`, whose argmax it returns,
+`for_text(tokens) -> Sampler`: the same sampler reading a text, a list that the caller goes on appending to, and
+`for_row(row) -> Sampler`: the same with noise of its own, for a row of a batch.
 
 Sampling adds Gumbel noise and takes the largest sum, which is an exact sample of softmax(logits) (Gumbel 1954;
 Maddison et al. 2014). The noise is a function of (seed, position) alone, so a draft and its target see the same noise,
@@ -31,6 +32,11 @@ def greedy(logits: np.ndarray, position: int) -> int:
 def for_text(sample: Sampler, tokens: list[int]) -> Sampler:
     """`sample`, reading `tokens` if it depends on the text: at every call all of the text so far, prompt included."""
     return sample.for_text(tokens) if hasattr(sample, "for_text") else sample
+
+
+def for_row(sample: Sampler, row: int) -> Sampler:
+    """`sample` for a row of a batch: with a seed of its own, the seed and the row's number added up."""
+    return sample.for_row(row) if hasattr(sample, "for_row") else sample
 
 
 def scores_of(sample: Sampler, logits: np.ndarray, position: int) -> np.ndarray:  # -> [n_vocab]
@@ -106,6 +112,9 @@ class NoisySampler:
     def __init__(self, temperature: float, filters: list[Callable[[np.ndarray], np.ndarray]], seed: int):
         self.temperature, self.filters, self.seed = temperature, filters, seed
 
+    def for_row(self, row: int) -> Sampler:
+        return NoisySampler(self.temperature, self.filters, (self.seed + row) % 2**64)
+
     def scores(self, logits: np.ndarray, position: int) -> np.ndarray:
         """Temperature times the noisy filtered logits, so that they are in units of the logits."""
         scores = np.subtract(logits, logits.max(), dtype=np.float64)
@@ -130,6 +139,9 @@ class PenalizedSampler:
 
     def for_text(self, tokens: list[int]) -> Sampler:
         return PenalizedSampler(self.sample, self.penalty, tokens)
+
+    def for_row(self, row: int) -> Sampler:
+        return PenalizedSampler(for_row(self.sample, row), self.penalty)
 
     def penalized(self, logits: np.ndarray) -> np.ndarray:
         if self.tokens is None:

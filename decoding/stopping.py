@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 
-from decoding.sampling import check
+from decoding.sampling import check, is_whole
 
 
 def before_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
@@ -46,6 +46,9 @@ def check_stops(stops: Sequence[str]) -> None:
 def check_overflow(overflow: str, slide_by) -> None:
     check("overflow", overflow, overflow in ("error", "slide"), "error or slide")
     check("slide_by", slide_by, slide_by is None or overflow == "slide", "none unless --overflow slide is given too")
+    check(
+        "slide_by", slide_by, slide_by is None or (is_whole(slide_by) and slide_by > 0), "a whole number of 1 or more"
+    )
 
 
 def slide_of(overflow: str, slide_by: int | None, n_ctx: int) -> int | None:

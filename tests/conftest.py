@@ -1,6 +1,7 @@
 """Fixtures: the embedded models, and a server to download from."""
 
 import hashlib
+import signal
 import threading
 
 import pytest
@@ -9,6 +10,9 @@ from hypothesis import settings
 
 from gpt2 import load_model
 
+# A shell's & and nohup pass on SIGINT ignored, and the programs that are tested would then ignore it too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples in every run, however slow the machine, and no folder of them.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")

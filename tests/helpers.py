@@ -1,6 +1,9 @@
 """What several test files need: random models of any shape, and the program as a subprocess."""
 
+import contextlib
+import io
 import os
+import signal
 import subprocess
 import sys
 
@@ -41,10 +44,18 @@ def shared_out(model, n_threads=3, way=None, is_packed=True):
     return model
 
 
+def latest(args):
+    """Of `--name=value` flags that are given again, the last ones: the program takes none twice but --stop."""
+    args = [str(arg) for arg in args]
+    names = [arg.partition("=")[0] for arg in args]
+    is_old = [name.startswith("--") and name != "--stop" and name in names[i + 1 :] for i, name in enumerate(names)]
+    return [arg for arg, is_old in zip(args, is_old, strict=True) if not is_old]
+
+
 def run(*args, stdin="", env=None, cwd=ROOT):
     """The finished process of `python args`, run from the project's folder, its output as text."""
     return subprocess.run(
-        [sys.executable, *map(str, args)],
+        [sys.executable, *latest(args)],
         input=stdin,
         capture_output=True,
         encoding="utf-8",
@@ -62,3 +73,17 @@ def read_bytes(path):
 def write_bytes(path, content):
     with open(path, "wb") as f:
         f.write(content)
+
+
+def outcome(action):
+    """(status, stdout, stderr) of `action` as the shell would see it. Any exception but SystemExit is a traceback."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    handler = signal.getsignal(signal.SIGINT)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            action()
+        except SystemExit as e:
+            status = e.code
+        finally:
+            signal.signal(signal.SIGINT, handler)
+    return status, out.getvalue(), err.getvalue()

@@ -203,6 +203,13 @@ def test_a_batch_fills_the_context_exactly():
     assert generate_batch(MODEL, [PROMPT, [2]], 20) == [list(generate(MODEL, p, 20)) for p in (PROMPT, [2])]
 
 
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"top_k": 20}])
+def test_one_sampler_for_several_prompts_has_a_seed_for_each(options):
+    found = generate_batch(MODEL, [PROMPT] * 3, 15, make_sampler(1.0, seed=2**64 - 2, **options))
+    for ids, seed in zip(found, (2**64 - 2, 2**64 - 1, 0), strict=True):
+        assert ids == list(generate(MODEL, PROMPT, 15, make_sampler(1.0, seed=seed, **options)))
+
+
 def test_one_sampler_that_reads_the_text_reads_each_its_own():
     sample, prompts = make_sampler(0, repetition_penalty=2.0), [PROMPT, [2], [7, 8]]
     assert generate_batch(MODEL, prompts, 12, sample) == [list(generate(MODEL, p, 12, sample)) for p in prompts]

@@ -9,9 +9,11 @@ import pytest
 from bundles import hostile_index
 from helpers import MODELS, random_variables, run
 
+import gpt2
 import utils
 from checkpoints.tensorflow import data_path, mask_crc32c, read_index
 from checkpoints.weights import nest_params
+from decoding.sampling import make_sampler
 from utils import load_encoder_hparams_and_params, read_hparams
 
 NANO = os.path.join(MODELS, "nano")
@@ -126,7 +128,7 @@ def mine(tmp_path):
 def test_verify_sums_up_what_is_right(mine):
     status, err = verify(mine.parent)
     assert status == 0
-    assert "mine: OK: 263936 finite weights in 2 layers, 2048 tokens, every checksum right" in err
+    assert "mine: OK: 263936 finite weights in 2 layers, 2048 tokens, the checksums of model.ckpt.data-" in err
 
 
 def other_model(mine):
@@ -205,6 +207,41 @@ def test_verify_compares_published_checksums(mine):
     status, err = verify(shutil.move(mine, mine.parent / "124M").parent, "124M")
     assert status == 1
     assert err.count("has sha256") == 5 and "problems found: 5;" in err
+
+
+def test_verify_names_all_that_is_missing(mine):
+    names = ("hparams.json", "vocab.bpe", "encoder.json")
+    for name in names:
+        os.remove(mine / name)
+    status, err = verify(mine.parent, "mine")
+    assert status == 1 and all(f"{mine / name} is missing" in err for name in names)
+
+
+def test_verify_knows_how_wide_the_heads_of_openai_are(mine):
+    """Another divisor of n_embd fits all shapes, and gives other texts."""
+    hparams = json.loads((mine / "hparams.json").read_text())
+    (mine / "hparams.json").write_text(json.dumps(hparams | {"n_head": 2}))
+    status, err = verify(mine.parent, "mine")
+    assert status == 0 and "hparams.json and the vocabulary have none" in err  # nothing could tell
+    status, err = verify(shutil.move(mine, mine.parent / "355M").parent, "355M")
+    assert status == 1 and "n_embd 64 and n_head 2, expected heads of 64 as in all OpenAI sizes" in err
+
+
+def test_ids_without_a_token_are_never_chosen(mine):
+    """A vocabulary of 2000 for 2048 rows, as padded ones have; and one with a hole, which is refused."""
+    tokens = json.loads((mine / "encoder.json").read_text(encoding="utf-8"))
+    merges = (mine / "vocab.bpe").read_text(encoding="utf-8").split("\n")
+    kept = {token: i for token, i in tokens.items() if i < 2000}
+    merges = [merges[0], *(line for line in merges[1:] if "".join(line.split()) in kept)]
+    (mine / "vocab.bpe").write_text("\n".join(merges), encoding="utf-8")
+    (mine / "encoder.json").write_text(json.dumps(kept), encoding="utf-8")
+    encoder, hparams, params = load_encoder_hparams_and_params("mine", str(mine.parent))
+    assert hparams["n_vocab"] == len(params["wte"]) == 2000
+    model = gpt2.Model(hparams, params)
+    assert max(gpt2.generate(model, encoder.encode("a"), 200, make_sampler(100.0, seed=0))) < 2000
+    (mine / "encoder.json").write_text(json.dumps(kept | {"Romeo and Juliet".replace(" ", ""): 2005}), encoding="utf-8")
+    with pytest.raises(ValueError, match="encoder.json has no token for id 2000, which the model could choose"):
+        load_encoder_hparams_and_params("mine", str(mine.parent))
 
 
 def test_verify_downloads_nothing(mine):

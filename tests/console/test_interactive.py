@@ -293,3 +293,15 @@ def test_the_cache_is_never_longer_than_what_is_known():
     assert talk.cache.length == 2  # the last is fed, for its logits
     talk.follow([4])
     assert talk.cache.length == 0
+
+
+def test_line_ends_of_windows_are_no_part_of_a_prompt():
+    flags = (*FLAGS, "--n_tokens_to_generate=8")
+    assert run(*flags, stdin="ROMEO:\r\nJULIET:\r\n").stdout == run(*flags, stdin="ROMEO:\nJULIET:\n").stdout
+
+
+def test_without_a_seed_the_same_prompt_has_other_texts():
+    flags = (*FLAGS, "--n_tokens_to_generate=8", "--temperature=1", "--ignore_eot")
+    assert len(set(run(*flags, "--stop=\n", stdin="A \n" * 8).stdout.split("\n"))) > 3
+    seeded = run(*flags, "--stop=\n", "--seed=3", stdin="A \n" * 3).stdout.split("\n")
+    assert seeded[0] == seeded[1] == seeded[2]

@@ -225,57 +225,6 @@ def refused(done, message, status=1):
     assert message in done.stderr and done.stderr.startswith("error: ")
 
 
-SHARED_MISTAKES = [
-    (["--temperature=-1"], "temperature is -1"),
-    (["--top_k=-1"], "top_k is -1"),
-    (["--top_p=0"], "top_p is 0"),
-    (["--min_p=2"], "min_p is 2"),
-    (["--repetition_penalty=x"], "repetition_penalty is 'x'"),
-    (["--seed=-1"], "seed is -1"),
-    (["--stop="], "stop is '', expected a text of one character or more"),
-    (["--overflow=wrap"], "overflow is 'wrap', expected error or slide"),
-    (["--slide_by=3"], "slide_by is 3, expected none unless --overflow slide is given too"),
-    (["--overflow=slide", "--slide_by=0"], "slide_by is 0, expected a whole number from 1 to 512"),
-    (["--overflow=slide", "--slide_by=513"], "slide_by is 513"),
-    (["--overflow=slide", "--slide_by=half"], "slide_by is 'half'"),
-    (["--n_tokens_to_generate=600"], "exceed the context of 512"),
-]
-
-
-@pytest.mark.parametrize(("flags", "message"), SHARED_MISTAKES)
-def test_a_mistake_is_one_line_of_both_programs(flags, message):
-    refused(run(*NANO, "x", *flags), message)
-    refused(run(*PAIR, "x", "--drafter=lookup", *flags), message)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--n_samples=0"], "n_samples is 0, expected a whole number of 1 or more"),
-        (["--n_beam=0"], "n_beam is 0, expected a whole number of 1 or more"),
-        (["--n_beam=3000"], "n_beam is 3000, expected a whole number from 1 to 2048"),
-        (["--n_beam=2", "--length_penalty=11"], "length_penalty is 11, expected a number from -10 to 10"),
-        (["--length_penalty=2"], "length_penalty is 2, expected 1 unless --n_beam is above 1"),
-        (["--top=-1"], "top is -1"),
-        (["--top=all"], "top is 'all'"),
-        (["--stride=5"], "stride is 5, expected none unless --score FILE is given too"),
-        (["--n_samples=2", "--n_beam=2"], "--n_samples and --n_beam do not go together; choose one of them"),
-        (["--n_samples=2", "--top=2"], "--n_samples and --top do not go together"),
-        (["--n_samples=2", "--stats"], "--n_samples and --stats do not go together"),
-        (["--n_beam=2", "--temperature=1"], "--n_beam and --temperature do not go together"),
-        (["--n_beam=2", "--repetition_penalty=2"], "--n_beam and --repetition_penalty do not go together"),
-        (["--n_beam=2", "--overflow=slide"], "--n_beam and --overflow do not go together"),
-        (["--interactive", "--score=README.md"], "--interactive and --score do not go together"),
-        (["--interactive", "--stats"], "--interactive and --stats do not go together"),
-        (["--interactive", "--top=1"], "--interactive and --top do not go together"),
-        (["--interactive", "--json"], "--interactive and --json do not go together"),
-        (["--score=README.md"], "--score and --prompt do not go together"),
-    ],
-)
-def test_a_mistake_is_one_line(flags, message):
-    refused(run(*NANO, "x", *flags), message)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [(["--stride=0"], "stride is 0"), (["--stride=513"], "a whole number from 1 to 512"), (["--stride=x"], "'x'")],

@@ -73,29 +73,6 @@ def test_lookup_needs_no_draft_model():
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--n_draft", "-1"], "n_draft is -1, expected a whole number of 0 or more"),
-        (["--n_draft", "x"], "n_draft is 'x'"),
-        (["--n_gram", "0"], "n_gram is 0, expected a whole number of 1 or more"),
-        (["--drafter", "oracle"], "drafter is 'oracle', expected model, lookup or both"),
-        (["--temperature", "-1"], "temperature is -1"),
-        (["--top_p", "2"], "top_p is 2"),
-        (["--min_p", "2"], "min_p is 2"),
-        (["--repetition_penalty", "0"], "repetition_penalty is 0"),
-        (["--seed", "1.5"], "seed is 1.5"),
-        (["--n_tokens_to_generate", "0"], "0 tokens to generate"),
-        (["--n_tokens_to_generate", "600"], "exceed the context of 512"),
-        (["--draft_model_size", "125M"], "no model '125M'"),
-    ],
-)
-def test_a_mistake_is_one_line(args, message):
-    done = run(*PAIR, "x", *args)
-    assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
-    assert message in done.stderr
-
-
 def test_a_draft_with_another_vocabulary_is_one_line(tmp_path):
     for name in ("tiny", "nano"):
         shutil.copytree(os.path.join(MODELS, name), tmp_path / name)

@@ -1,11 +1,13 @@
 """Streams that are closed, full or read by nobody."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
 
 import pytest
+from helpers import run
 from processes import FROM_STDIN, GPT2, SHORT, SHORT_SPECULATIVE, finish, start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and descriptors of POSIX")
@@ -69,7 +71,7 @@ def test_a_limit_on_file_size(tmp_path):
     assert (tmp_path / "text").read_bytes() == whole[:50]
 
 
-MISTAKES = [([*SHORT, "--model_size=none"], 1), ([*SHORT, "--misspelt"], 2), ([*SHORT, "--n_draft"], 2)]
+MISTAKES = [([SHORT[0], "x", "--model_size=none"], 1), ([*SHORT, "--misspelt"], 2), ([*SHORT, "--n_draft"], 2)]
 
 
 @pytest.mark.parametrize(("args", "status"), MISTAKES, ids=str)
@@ -106,3 +108,19 @@ def test_closed_streams(closed):
 def test_stdin_that_is_needed_and_closed(args, status, message):
     done = finish_closing("0", args)
     assert done[:2] == (status, b"") and done[2].startswith(message) and done[2].count(b"\n") == bool(message)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_characters_that_stdout_has_not_are_escaped_and_said_once(encoding):
+    """The whole text comes: what follows such a character too."""
+    flags = ["--model_size=tiny", "--n_tokens_to_generate=60", "--temperature=3", "--seed=4", "--ignore_eot"]
+    texts = {}
+    for name in ("utf-8", encoding):
+        done = run("gpt2.py", "x", *flags, env={"PYTHONIOENCODING": name})
+        assert done.returncode == 0
+        texts[name] = done.stdout
+        assert done.stderr.count("which has not all characters") == (name != "utf-8")
+    plain = texts["utf-8"].encode(encoding, "backslashreplace").decode(encoding)
+    assert plain != texts["utf-8"] and texts[encoding] == plain
+    done = run("gpt2.py", "x", *flags, "--json", env={"PYTHONIOENCODING": encoding})
+    assert json.loads(done.stdout)["text"] == texts["utf-8"] and done.stderr == ""
