@@ -60,10 +60,7 @@ def check_file(model_size: str, name: str, path: str, folder: str) -> None:
         if found != expected:
             raise ValueError(f"{path} has sha256 {found}, expected {expected}; {DOWNLOAD_AGAIN}")
     elif name == HPARAMS:
-        hparams = read_hparams(path)
-        if model_size in OPENAI_SIZES and hparams["n_embd"] != D_HEAD * hparams["n_head"]:
-            heads = f"n_embd {hparams['n_embd']} and n_head {hparams['n_head']}"
-            raise ValueError(f"{path}: {heads}, expected heads of {D_HEAD} as in all OpenAI sizes; {DOWNLOAD_AGAIN}")
+        read_hparams(path)
     elif name == INDEX:
         read_index(path)
     elif name == DATA:
@@ -221,6 +218,14 @@ def load_encoder_hparams_and_params(model_size: str, models_dir: str | None = No
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def check_heads(model_size: str, path: str) -> None:
+    """ValueError: another n_head than OpenAI's, which no checksum shows where none is published."""
+    hparams = read_hparams(path)
+    if model_size in OPENAI_SIZES and hparams["n_embd"] != D_HEAD * hparams["n_head"]:
+        heads = f"n_embd {hparams['n_embd']} and n_head {hparams['n_head']}"
+        raise ValueError(f"{path}: {heads}, expected heads of {D_HEAD} as in all OpenAI sizes; {DOWNLOAD_AGAIN}")
+
+
 def find_problems(model_size: str, models_dir: str) -> list[str]:
     """What is wrong with a model on disk. Later checks are made too if an earlier one fails."""
     folder = os.path.join(models_dir, model_size)
@@ -228,6 +233,7 @@ def find_problems(model_size: str, models_dir: str) -> list[str]:
     checks: list[Callable[[], object]] = [
         lambda: check_files(folder),
         *(functools.partial(check_file, model_size, name, os.path.join(folder, name), folder) for name in MODEL_FILES),
+        lambda: check_heads(model_size, hparams_path),
         lambda: get_encoder(model_size, models_dir),
         lambda: read_encoder(model_size, models_dir, read_hparams(hparams_path)),
         lambda: nest_params(read_checkpoint(prefix), read_hparams(hparams_path), prefix),

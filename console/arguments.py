@@ -5,7 +5,6 @@ a value would swallow the prompt, and a misspelt flag would be noticed after the
 """
 
 import contextlib
-import difflib
 import functools
 import inspect
 import io
@@ -98,6 +97,8 @@ def yes_or_no(arg: str, value: str) -> bool:
 
 
 def unknown(arg: str, parameters: dict[str, inspect.Parameter]) -> str:
+    import difflib  # for this mistake only
+
     flag = arg.partition("=")[0]
     names = [f"--{name}" for name in parameters if name != "prompt"]
     like = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), names, n=1)

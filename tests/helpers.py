@@ -48,7 +48,7 @@ def latest(args):
     """Of `--name=value` flags that are given again, the last ones: the program takes none twice but --stop."""
     args = [str(arg) for arg in args]
     names = [arg.partition("=")[0] for arg in args]
-    is_old = [name.startswith("--") and name != "--stop" and name in names[i + 1 :] for i, name in enumerate(names)]
+    is_old = ["=" in args[i] and name != "--stop" and name in names[i + 1 :] for i, name in enumerate(names)]
     return [arg for arg, is_old in zip(args, is_old, strict=True) if not is_old]
 
 
