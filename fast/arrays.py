@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 
-N_PIECE = 1 << 16  # numbers, 256 kB: so a formula's temporaries stay in the L2 cache
+N_PIECE = 1 << 15  # numbers, 128 kB: so a formula's temporaries stay in the L2 cache
 N_FEW = 16  # queries that are attended at once, whatever the number of keys
 N_QUERIES = 96  # of more, attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
 N_SCORES = 1 << 18  # at once, 1 MB, of as many heads: few calls, since each waits for the GIL
