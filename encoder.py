@@ -49,6 +49,9 @@ class Encoder:
         self.eot_id = token_ids.get(END_OF_TEXT)  # None in a vocabulary without it
         self._word_ids = lru_cache(maxsize=1 << 16)(self._merge_word)  # text repeats its words
 
+    def __reduce__(self):  # without its cache, which cannot be pickled
+        return Encoder, (self.token_ids, self.merge_ranks)
+
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """The ids of `text`; `<|endoftext|>` is plain text unless `allow_special` gives it its own id.
 

@@ -21,12 +21,12 @@ from console import command, modes
 from console.flags import GPT2, with_flags
 from console.stats import Stopwatch
 from decoding.prefill import left_padded, prefilled
-from decoding.requests import check_batch, check_request, check_tokens
+from decoding.requests import check_batch, check_request, check_room, check_tokens
 from decoding.sampling import Sampler, for_row, for_text, greedy, is_near_tie
 from fast import Passes, elementwise, mean, row_sums, take_rows, tiled, times_transposed
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
-MASKED = -1e10  # added to the score of a key that may not be seen; -inf would give NaN where every key is masked
+MASKED = -1e38  # added to the score of a key that may not be seen; -inf would give NaN where every key is masked
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The layers
@@ -261,10 +261,12 @@ def generate(
     `draft` guesses tokens ahead, which are checked in one pass: the text is the same, only the time differs.
     `slide_by`: when the context is full, forget the oldest tokens, so many at a time, and compute the rest anew.
     `cache` may hold the first of the prompt's tokens already. ValueError, before any work: no prompt, n_tokens below 1,
-    or, without `slide_by`, more than the context has room for.
+    a cache that is too short, or, without `slide_by`, more than the context has room for.
     """
     check_request(prompt_ids, n_tokens, model.hparams["n_ctx"], slide_by)
     cache = cache or model.new_cache(n_seq=len(prompt_ids) + n_tokens)
+    check_room(cache.n_ctx, len(prompt_ids) + n_tokens - 1, model.hparams["n_ctx"])
+    cache.length = min(cache.length, len(prompt_ids) - 1)  # the last token is fed, for its logits
     return (seq.ids[-1] for seq in decode(model, cache, [Seq(prompt_ids, n_tokens, sample)], draft, slide_by))
 
 

@@ -135,7 +135,7 @@ def download_model(model_size: str, models_dir: str) -> None:
     if f"{model_size}/{DATA}" not in SHA256:
         need_crc32c(model_size)  # before the download, not after it
     folder = os.path.join(models_dir, model_size)
-    base_url = os.environ.get("GPT2_BASE_URL", OPENAI_URL).rstrip("/")
+    base_url = (os.environ.get("GPT2_BASE_URL") or OPENAI_URL).rstrip("/")
     lock_path = os.path.join(models_dir, f".{model_size}.lock")  # not in the folder, which may be deleted meanwhile
     with download.local_errors(folder):
         os.makedirs(folder, exist_ok=True)

@@ -13,6 +13,10 @@ from console.errors import abandon, fail
 BROKEN_PIPE = 141  # the status that shells give to programs ended by this signal: 128 + 13
 
 
+def manual_of(command: Callable) -> str:
+    return inspect.getdoc(command) or "python -OO leaves the manual out; run without -OO"
+
+
 def choose(commands: dict[str, Callable], argv: list[str]) -> tuple[Callable, list[str]]:
     """The command that the first argument names, and the other arguments. SystemExit: there is none of that name."""
     if argv and argv[0] in commands:
@@ -20,7 +24,7 @@ def choose(commands: dict[str, Callable], argv: list[str]) -> tuple[Callable, li
     if argv and argv[0] not in ("-h", "--help"):
         fail(f"no command {argv[0]!r}, expected one of {', '.join(commands)}", status=2)
     for name, command in commands.items():
-        print(f"{name:12} {(inspect.getdoc(command) or '').splitlines()[0]}")
+        print(f"{name:12} {manual_of(command).splitlines()[0]}")
     raise SystemExit(0 if argv else 2)
 
 
@@ -38,7 +42,7 @@ def run(command: Callable | dict[str, Callable]) -> None:
         if isinstance(command, dict):
             command, argv = choose(command, argv)
         if asks_for_help(argv, dict(inspect.signature(command).parameters)):
-            print(inspect.getdoc(command))
+            print(manual_of(command))
         else:
             command(**parse_arguments(command, argv))
         sys.stdout.flush()

@@ -66,7 +66,7 @@ def write_score(model, encoder, text: str, stride: int, json: bool) -> None:
         "tokens": len(scores),
         "bytes": n_bytes,
         "cross_entropy": round(nats, 4),
-        "perplexity": round(math.exp(nats), 2) if nats < 700 else math.inf,
+        "perplexity": round(math.exp(nats), 2) if nats < 700 else None,  # JSON has no infinity
         "bits_per_byte": round(nats * len(scores) / math.log(2) / n_bytes, 4),
     }
     line = "{cross_entropy} nats a token, perplexity {perplexity}, {bits_per_byte} bits a byte ({tokens} tokens)"

@@ -1,6 +1,7 @@
 """What a run took: times, speed and memory."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -27,7 +28,8 @@ def peak_memory_gb() -> float | None:
         import resource  # not on Windows
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def resident_memory_gb() -> float | None:

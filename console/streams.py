@@ -29,6 +29,7 @@ def read_file(path: str) -> str:
 
 def write_text(pieces: Iterable[str]) -> None:
     """Write text to stdout as it comes. A terminal gets a last line end; a pipe or a file the text and nothing else."""
+    text = ""
     for text in pieces:
         try:
             sys.stdout.write(text)
@@ -37,5 +38,5 @@ def write_text(pieces: Iterable[str]) -> None:
             sys.stdout.reconfigure(errors="backslashreplace")
             sys.stdout.write(text)
         sys.stdout.flush()
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not text.endswith("\n"):
         sys.stdout.write("\n")

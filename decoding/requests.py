@@ -31,11 +31,19 @@ def check_request(prompt_ids: Sequence[int], n_tokens: int, n_ctx: int, slide_by
         )
 
 
+def check_room(n_room: int, n_fed: int, n_ctx: int) -> None:
+    """ValueError unless a cache of n_room tokens holds the n_fed that are fed, or the context that slides over them."""
+    if n_room < min(n_fed, n_ctx):
+        raise ValueError(
+            f"the cache has room for {n_room} tokens, expected {min(n_fed, n_ctx)} or more; make a larger one"
+        )
+
+
 def check_batch(
     prompts: Sequence[Sequence[int]], n_samplers: int, n_tokens: int, n_ctx: int, slide_by: int | None
 ) -> None:
     """ValueError unless `n_tokens` can be generated after each of `prompts`, all computed together."""
-    if not prompts or n_samplers != len(prompts):
+    if not len(prompts) or n_samplers != len(prompts):
         raise ValueError(f"{len(prompts)} prompts and {n_samplers} samplers, expected one or more, and as many")
     for prompt in prompts:
         check_request(prompt, n_tokens, n_ctx, slide_by)

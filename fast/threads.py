@@ -31,7 +31,9 @@ CORES = [set(cpus) for _, cpus in groupby(sorted(CPUS, key=core_of), key=core_of
 def count_threads() -> int:
     """Physical cores, or fewer if OMP_NUM_THREADS or OPENBLAS_NUM_THREADS says so."""
     limits = (os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
-    return min([len(CORES), *(int(limit) for limit in limits if limit.isdecimal() and int(limit) > 0)])
+    return min(
+        [len(CORES), *(int(limit) for limit in limits if limit.isdecimal() and len(limit) < 10 and int(limit) > 0)]
+    )
 
 
 crews: list[list] = []  # executors of one thread each, on a core of its own; a pass takes a crew and puts it back

@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import pickle
 import random
 import time
 
@@ -231,3 +232,10 @@ def test_a_damaged_vocab_bpe_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as e:
         read_merge_ranks(str(path), read_token_ids(GOOD_IDS))
     assert str(path) in str(e.value)
+
+
+def test_an_encoder_can_be_pickled():
+    encoder = get_encoder("nano", MODELS)
+    encoder.encode("to be or not to be")
+    copy = pickle.loads(pickle.dumps(encoder))
+    assert copy.encode("to be or not to be") == encoder.encode("to be or not to be") and copy.eot_id == encoder.eot_id

@@ -283,3 +283,25 @@ def test_overflow_is_named():
     model.params["ln_f"]["g"][:] = 3e38
     with pytest.raises(ValueError, match="among the logits: finite weights, so sums overflow"):
         next(generate(model, PROMPT, 3))
+
+
+@pytest.mark.parametrize("n_held", [0, 4, 5, 9])
+def test_a_cache_that_holds_the_whole_prompt_or_more_is_used(n_held):
+    """The prompt's last token is computed again, for its logits."""
+    expected = list(generate(MODEL, PROMPT, 8))
+    cache = MODEL.new_cache()
+    if n_held:
+        MODEL.forward([[*PROMPT, *expected][:n_held]], cache)
+    assert list(generate(MODEL, PROMPT, 8, cache=cache)) == expected
+
+
+@pytest.mark.parametrize("slide_by", [None, 3])
+def test_a_cache_that_is_too_short_is_refused_at_the_call(slide_by):
+    with pytest.raises(ValueError, match="the cache has room for 11 tokens, expected 12 or more; make a larger one"):
+        generate(MODEL, PROMPT, 8, slide_by=slide_by, cache=MODEL.new_cache(n_seq=11))
+    assert len(list(generate(MODEL, PROMPT, 8, slide_by=slide_by, cache=MODEL.new_cache(n_seq=12)))) == 8
+
+
+def test_prompts_may_be_an_array():
+    prompts = np.array([PROMPT, PROMPT[::-1]])
+    assert generate_batch(MODEL, prompts, 5) == [list(generate(MODEL, prompt, 5)) for prompt in prompts.tolist()]

@@ -200,3 +200,13 @@ def test_sample_gets_each_position():
 
     assert list(gpt2.generate(MODEL, IDS[:4], 6, sample)) == [5] * 6
     assert positions == list(range(4, 10))
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e6, 1e9, 1e15])
+def test_no_score_is_so_large_that_the_future_is_seen(scale):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, 20, 8), np.float32) for _ in range(3))
+    q *= np.float32(scale)
+    seen = gpt2.attend(q, k, v)
+    k[:, :, 10:], v[:, :, 10:] = 100 * np.abs(k[:, :, 10:]), 1e6
+    assert np.array_equal(gpt2.attend(q, k, v)[:, :, :10], seen[:, :, :10])

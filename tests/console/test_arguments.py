@@ -213,3 +213,15 @@ def test_only_the_five_named_packages_are_needed(nano):
     code = f"import sys; sys.modules.update(dict.fromkeys({others})); import gpt2; gpt2.command.run(gpt2.main)"
     done = run("-c", code, "x", *GPT2[1:])
     assert (done.returncode, done.stdout) == (0, text_after(nano, "x"))
+
+
+def test_without_docstrings_there_is_a_manual_or_a_word():
+    assert run("-OO", "gpt2.py", "--help").stdout == run("gpt2.py", "--help").stdout
+    for args in (("utils.py", "--help"), ("utils.py", "verify", "--help"), ("-m", "benchmarks", "rows", "--help")):
+        done = run("-OO", *args)
+        assert done.returncode == 0 and "run without -OO" in done.stdout
+
+
+def test_an_old_numpy_is_named():
+    done = run("-c", "import numpy; numpy.__version__ = '1.26.4'; del numpy.vecdot; import gpt2")
+    assert "NumPy 2.0 or newer is needed, this is 1.26.4" in done.stderr.splitlines()[-1]

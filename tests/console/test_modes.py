@@ -14,6 +14,7 @@ from drafting import PAIR
 from helpers import MODELS, ROOT, run
 
 from checkpoints.tensorflow import read_checkpoint
+from console import modes
 from decoding.beam import beam_search
 from decoding.sampling import make_sampler
 from decoding.scoring import score
@@ -269,3 +270,9 @@ def test_the_manual_names_every_flag():
         manual = out_of(f"{program}.py", "--help")
         names = out_of("-c", f"import inspect, {program}; print(*inspect.signature({program}.main).parameters)").split()
         assert len(names) > 15 and not [name for name in names[1:] if f"--{name}" not in manual]
+
+
+def test_an_infinite_perplexity_is_no_number_in_json(nano, monkeypatch, capsys):
+    monkeypatch.setattr("decoding.scoring.log_probabilities", lambda model, ids, stride: np.full(len(ids) - 1, -800.0))
+    modes.write_score(nano[1], nano[0], "to be or not to be", 512, True)
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["perplexity"] is None

@@ -148,3 +148,10 @@ def test_a_sandbox_that_binds_no_threads_is_no_error():
     """
     done = run("-c", code)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("limit", ["9" * 5000, "0", "-1", "many", ""])
+def test_a_limit_that_is_none_is_ignored(monkeypatch, limit):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    assert threads.count_threads() == len(threads.CORES)
