@@ -179,6 +179,21 @@ def check_space(part: str, n_left: int | None) -> None:
         raise OSError(errno.ENOSPC, f"{n_left / 1e6:,.1f} MB are to come, {free / 1e6:,.1f} MB are free", part)
 
 
+def whole_size(response: requests.Response, n_have: int) -> int | None:
+    """The file's bytes, as far as the answer says: a part may be shorter than what was asked for (RFC 9110, 15.3.7)."""
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        return None  # its length is that of the encoded bytes
+    total = response.headers.get("Content-Range", "").rpartition("/")[2] if response.status_code == 206 else ""
+    n_left = response.headers.get("Content-Length", "")
+    if is_size(total):
+        return int(total)
+    return n_have + int(n_left) if is_size(n_left) else None
+
+
+def is_size(text: str) -> bool:
+    return text.isdecimal() and len(text) < 20
+
+
 def fetch_part(url: str, part: str) -> None:
     """One attempt to bring `part` from the bytes it has to the whole file, with a progress bar."""
     n_have, validator = size_of(part), read_validator(part)
@@ -193,7 +208,7 @@ def fetch_part(url: str, part: str) -> None:
         response.raise_for_status()
         chunks = response.iter_content(CHUNK_SIZE)
         first = next(chunks, b"")
-        if status != 206:  # the server sends the file from its beginning
+        if status != 206 or not n_have:  # the server sends the file from its beginning
             if first.lstrip().lower().startswith(WEB_PAGES):
                 raise ValueError(
                     f"{url} is not the file it should be: a web page or an XML error came, as from a proxy or a login "
@@ -201,8 +216,7 @@ def fetch_part(url: str, part: str) -> None:
                 )
             n_have = 0
             begin(part, validator_of(response))
-        n_left = response.headers.get("Content-Length", "")
-        n_expected = n_have + int(n_left) if n_left.isdecimal() else None
+        n_expected = whole_size(response, n_have)
         check_space(part, n_expected and n_expected - n_have)
         label = "/".join(url.split("/")[-2:])
         with tqdm(desc=label, total=n_expected, initial=n_have, unit="B", unit_scale=True) as bar:

@@ -1,6 +1,7 @@
 """A server on this machine that does what servers, proxies and networks do to downloads."""
 
 import contextlib
+import gzip
 import hashlib
 import http.server
 import os
@@ -79,6 +80,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = body[:-1] + bytes([body[-1] ^ 1])
         if fault.startswith("length"):
             headers["Content-Length"] = fault.split(maxsplit=1)[1].format(len(body) + 100, len(body) - 100)
+        if fault == "answers in pieces":
+            stop = min(len(content), start + 300_000)
+            body, headers["Content-Range"] = content[start:stop], f"bytes {start}-{stop - 1}/{len(content)}"
+            return self.answer(206, body, headers)
+        if fault == "zips":
+            body, headers["Content-Encoding"] = gzip.compress(body), "gzip"
         self.answer(206 if start else 200, body, headers, fault)
 
     def answer(self, status, body, headers=(), fault="none"):

@@ -257,7 +257,6 @@ def test_a_redirect_to_plain_http_is_refused_before_it_is_followed(server, tmp_p
         ("ftp://127.0.0.1:{}", ConnectionError, "No connection adapters"),
         ("file:///etc/{}", ConnectionError, "No connection adapters"),
         ("127.0.0.1:{}", ConnectionError, "cannot fetch"),
-        ("", ConnectionError, "Invalid URL"),
     ],
 )
 def test_other_addresses_are_refused(server, tmp_path, monkeypatch, pauses, url, error, message):
@@ -272,3 +271,32 @@ def test_a_redirect_loop_ends(server, tmp_path, pauses):
     with pytest.raises(ConnectionError, match="cannot fetch"):
         load(tmp_path)
     assert pauses == [] and files(tmp_path) == []
+
+
+def test_a_file_that_comes_in_pieces_is_put_together(server, pauses, tmp_path):
+    """Status 206 with less than was asked for, also where no range was: each piece goes on where the last ended."""
+    server.faults[DATA] = "answers in pieces"
+    load(tmp_path)
+    assert_whole(tmp_path)
+    n_pieces = -(-len(CONTENT[DATA]) // 300_000)
+    assert n_pieces > 3 and server.ranges() == [None, *(f"bytes={300_000 * i}-" for i in range(1, n_pieces))]
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_a_file_that_comes_zipped_though_not_asked_for_is_taken(server, pauses, tmp_path, name):
+    server.faults[name] = "zips"
+    load(tmp_path)
+    assert_whole(tmp_path)
+
+
+def test_a_length_of_thousands_of_digits_is_ignored(server, pauses, tmp_path):
+    server.faults["hparams.json"] = "length " + "9" * 5000
+    load(tmp_path)
+    assert_whole(tmp_path)
+
+
+def test_an_empty_address_is_none(server, monkeypatch, tmp_path):
+    monkeypatch.setattr("utils.OPENAI_URL", server.url)
+    monkeypatch.setenv("GPT2_BASE_URL", "")
+    load(tmp_path)
+    assert_whole(tmp_path)
