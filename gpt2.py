@@ -23,7 +23,7 @@ from console.stats import Stopwatch
 from decoding.prefill import left_padded, prefilled
 from decoding.requests import check_batch, check_request, check_room, check_tokens
 from decoding.sampling import Sampler, for_row, for_text, greedy, is_near_tie
-from fast import Passes, elementwise, mean, row_sums, take_rows, tiled, times_transposed
+from fast import Passes, elementwise, mean, room, row_sums, take_rows, tiled, times_transposed
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
 MASKED = -1e38  # added to the score of a key that may not be seen; -inf would give NaN where every key is masked
@@ -204,7 +204,7 @@ class Model:
         """Room for the whole context, or for n_seq tokens if that is less: large memory takes time to be had."""
         n_head, d_head = self.hparams["n_head"], self.hparams["n_embd"] // self.hparams["n_head"]
         n_seq = self.hparams["n_ctx"] if n_seq is None else min(n_seq, self.hparams["n_ctx"])
-        return KVCache(np.empty((self.hparams["n_layer"], 2, n_batch, n_head, n_seq, d_head), np.float32), 0, n_pad)
+        return KVCache(room((self.hparams["n_layer"], 2, n_batch, n_head, n_seq, d_head)), 0, n_pad)
 
     def forward(self, tokens, cache: KVCache, n_last: int = 1, plainly: bool = False) -> np.ndarray:
         """Feed `tokens`, int[n_batch, n_new], after those in `cache`; return float32[n_batch, n_last, n_vocab].

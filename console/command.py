@@ -51,6 +51,8 @@ def run(command: Callable | dict[str, Callable]) -> None:
     except BrokenPipeError:
         abandon(sys.stdout)
         sys.exit(BROKEN_PIPE)
+    except MemoryError as e:
+        fail(str(e) or "there is not enough memory; ask for less at once")
     except (ValueError, ConnectionError) as e:
         fail(str(e))
     except OSError as e:

@@ -3,6 +3,17 @@
 import contextlib
 import sys
 from collections.abc import Iterable
+from typing import BinaryIO
+
+MAX_PROMPT, MAX_FILE = 1 << 24, 1 << 28  # bytes; a token has four or so, and 100 bytes of memory on the way
+
+
+def read_at_most(n_bytes: int, stream: BinaryIO, name: str) -> bytes:
+    """All of a stream. ValueError: it is longer, as /dev/zero, which has no end."""
+    data = stream.read(n_bytes + 1)
+    if len(data) > n_bytes:
+        raise ValueError(f"{name} has more than {n_bytes / 1e6:.0f} MB, which is the most; cut it into parts")
+    return data
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -11,7 +22,7 @@ def read_prompt(prompt: str | None) -> str:
         return prompt
     if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise ValueError('no prompt: give it as the first argument, as in gpt2.py "Hello", or pipe it in')
-    text = sys.stdin.buffer.read().decode("utf-8", "replace")
+    text = read_at_most(MAX_PROMPT, sys.stdin.buffer, "stdin").decode("utf-8", "replace")
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -20,7 +31,7 @@ def read_file(path: str) -> str:
     if path == "-" and sys.stdin is None:
         raise ValueError("stdin is closed; give a file instead of -")
     with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
-        data = f.read()
+        data = read_at_most(MAX_FILE, f, path)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:

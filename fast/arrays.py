@@ -5,7 +5,9 @@ from itertools import product
 
 import numpy as np
 
-N_PIECE = 1 << 15  # numbers, 128 kB: so a formula's temporaries stay in the L2 cache
+from fast.memory import room
+
+N_PIECE = 1 << 16  # numbers, 256 kB: so a formula's temporaries stay in the L2 cache
 N_FEW = 16  # queries that are attended at once, whatever the number of keys
 N_QUERIES = 96  # of more, attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
 N_SCORES = 1 << 18  # at once, 1 MB, of as many heads: few calls, since each waits for the GIL
@@ -77,7 +79,7 @@ def take_rows(kv, rows, start, stop):  # [n_layer, 2, n_batch, ...] -> [n_layer,
     if len(rows) == kv.shape[2]:
         moved = moved[rows != moved]
     else:
-        new, start = np.empty((*kv.shape[:2], len(rows), *kv.shape[3:]), np.float32), 0
+        new, start = room((*kv.shape[:2], len(rows), *kv.shape[3:])), 0
     used = slice(start, stop)
     for layer in np.ndindex(kv.shape[:2]):  # indexing makes a copy, so not of all at once
         new[layer][moved, :, used] = kv[layer][rows[moved], :, used]

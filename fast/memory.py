@@ -1,5 +1,6 @@
 """What the system is asked about memory, and told."""
 
+import math
 import os
 
 import numpy as np
@@ -31,3 +32,14 @@ def available_bytes() -> float:
     if in_group < float("inf"):
         in_group -= first_number("/sys/fs/cgroup/memory.current") - first_number("/sys/fs/cgroup/memory.stat", "file ")
     return min(in_system, in_group)
+
+
+def room(shape: tuple[int, ...]) -> np.ndarray:  # -> float32[shape]
+    """Memory for keys and values. MemoryError: more than is available, which the system might promise all the same."""
+    n_gb = 4 * math.prod(shape) / 1e9
+    if n_gb < 1 or n_gb <= (available_gb := available_bytes() / 1e9):
+        return np.empty(shape, np.float32)
+    raise MemoryError(
+        f"{n_gb:,.1f} GB are needed for keys and values, {available_gb:,.1f} GB are available; compute fewer texts or "
+        "beams at once, or shorter ones"
+    )

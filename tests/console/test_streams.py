@@ -124,3 +124,12 @@ def test_characters_that_stdout_has_not_are_escaped_and_said_once(encoding):
     assert plain != texts["utf-8"] and texts[encoding] == plain
     done = run("gpt2.py", "x", *flags, "--json", env={"PYTHONIOENCODING": encoding})
     assert json.loads(done.stdout)["text"] == texts["utf-8"] and done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no file without an end")
+@pytest.mark.parametrize("args", [["--score=/dev/zero"], ["-"]])
+def test_a_stream_without_an_end_is_one_line(args):
+    with open("/dev/zero", "rb") as zero:
+        process = start("gpt2.py", "--model_size=nano", *args, stdin=zero)
+        status, out, err = finish(process)
+    assert (status, out, err.count(b"\n")) == (1, b"", 1) and b"which is the most; cut it into parts" in err

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, outcome, random_model
 
+from console import command
 from fast import memory
 
 WINDOWS = """if True:
@@ -57,3 +58,20 @@ def test_a_system_that_says_nothing_has_half_of_its_memory_available(monkeypatch
 
     monkeypatch.setattr(memory, "open", refuse, raising=False)
     assert 1e6 < memory.available_bytes() < 1e15
+
+
+def test_more_keys_and_values_than_memory_are_refused(monkeypatch):
+    model = random_model()
+    monkeypatch.setattr(memory, "available_bytes", lambda: 20e9)
+    with pytest.raises(
+        MemoryError, match="48.4 GB are needed for keys and values, 20.0 GB are available; compute fewer"
+    ):
+        model.new_cache(n_batch=3_500_000)
+
+
+def test_memory_that_is_not_there_is_one_line(monkeypatch):
+    def ask():
+        raise MemoryError("48.4 GB are needed")
+
+    monkeypatch.setattr(sys, "argv", ["gpt2.py"])
+    assert outcome(lambda: command.run(ask)) == (1, "", "error: 48.4 GB are needed\n")
