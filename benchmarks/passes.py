@@ -176,9 +176,10 @@ def draw_batch(table: list[dict], title: str, axes) -> None:
 def batch(model_size: str = "random:124M", models_dir: str | None = None, *, n_tokens=100, n_times=3):
     """Tokens a second of 1 to 64 prompts of different lengths at once, and of one after another.
 
-    The weights are packed before, for both.
+    The weights are packed before; texts one after another are computed without, as plain decoding does.
     """
     model = load_or_random(model_size, models_dir)
+    plain = gpt2.Model(model.hparams, model.params)
     model.passes.shares.pack()
     ids = random_ids(model, 20 * max(PROMPT_COUNTS))
     prompts = [ids[20 * i : 20 * i + 5 + 7 * i % 16] for i in range(max(PROMPT_COUNTS))]
@@ -188,7 +189,7 @@ def batch(model_size: str = "random:124M", models_dir: str | None = None, *, n_t
         texts[n] = gpt2.generate_batch(model, prompts[:n], n_tokens)
 
     def one_by_one():
-        texts["alone"] = [list(gpt2.generate(model, prompt, n_tokens)) for prompt in prompts[:N_ALONE]]
+        texts["alone"] = [list(gpt2.generate(plain, prompt, n_tokens)) for prompt in prompts[:N_ALONE]]
 
     actions = {"alone": one_by_one} | {n: partial(together, n) for n in PROMPT_COUNTS}
     times = in_turn(actions, n_times, is_warm=True)
