@@ -17,9 +17,7 @@ from functools import lru_cache, partial
 import numpy as np
 
 from checkpoints.weights import why_not_finite
-from console import command, modes
-from console.flags import GPT2, with_flags
-from console.stats import Stopwatch
+from console import command, flags, modes, stats
 from decoding.prefill import left_padded, prefilled
 from decoding.requests import check_batch, check_request, check_room, check_tokens
 from decoding.sampling import Sampler, for_row, for_text, greedy, is_near_tie
@@ -308,7 +306,7 @@ def decode(model, cache, seqs, draft=None, slide_by=None):
         is_exact = model.passes.are_plain(len(seqs) * len(logits[0]))
         try:
             for row, seq in enumerate(seqs):
-                settle = None if is_exact else partial(forward_alone, model, cache.row(row), start)
+                settle = None if is_exact else partial(forward_alone, model, cache, row, start)
                 yield from accept(seq, logits[row], guesses, settle)
         finally:  # also where the caller leaves: the newest is not fed yet, wrong guesses are forgotten
             cache.length = n_pad + len(first.ids) - start - 1
@@ -328,7 +326,8 @@ def accept(seq, rows, guesses, settle):
             return
 
 
-def forward_alone(model, cache, start, ids):  # -> [n_vocab], as a pass over the newest token gives it
+def forward_alone(model, cache, row, start, ids):  # -> [n_vocab], as a pass over the newest token gives it
+    cache = cache.row(row)
     cache.length = len(ids) - 1 - start
     return model.forward([ids[-1:]], cache, plainly=True)[0, 0]
 
@@ -338,9 +337,9 @@ def forward_alone(model, cache, start, ids):  # -> [n_vocab], as a pass over the
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@with_flags('Continue a text with GPT-2: python gpt2.py "PROMPT" [flags]', GPT2)
+@flags.with_flags('Continue a text with GPT-2: python gpt2.py "PROMPT" [flags]', flags.GPT2)
 def main(options):
-    stopwatch = Stopwatch()
+    stopwatch = stats.Stopwatch()
     text = modes.checked_text(options)  # all mistakes are found before a model is downloaded
     encoder, model = load_model(options.model_size, options.models_dir)
     modes.write(options, text, encoder, model, generate, generate_batch, stopwatch)

@@ -251,7 +251,7 @@ def find_problems(model_size: str, models_dir: str) -> list[str]:
     return list(problems)
 
 
-def verify(model_size: str, *, models_dir: str | None = None):
+def verify(model_size: str, *, models_dir: str = MODELS_DIR):
     """Check a model on disk: python utils.py verify MODEL_SIZE [flags]
 
     MODEL_SIZE           124M, 355M, 774M or 1558M, or a folder of models_dir
@@ -260,7 +260,6 @@ def verify(model_size: str, *, models_dir: str | None = None):
     Reads every byte: published checksums, hparams.json, the vocabulary, the checkpoint's index, whether the shapes
     are the model's, the checksum of each tensor, and whether all weights are finite. Status 1: something is wrong.
     """
-    models_dir = MODELS_DIR if models_dir is None else models_dir
     folder = os.path.join(models_dir, model_size)
     if not model_size or not os.path.isdir(folder):
         here = ", ".join(models_in(models_dir)) or "none"

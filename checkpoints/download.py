@@ -23,11 +23,10 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from checkpoints.lock import STALE_S
-
 N_ATTEMPTS = 5  # in a row without a byte more; each that makes progress starts the count again
 TIMEOUT_S = (10, 60)  # to connect, and between two chunks
 CHUNK_SIZE = 1 << 16  # what a broken connection may cost
+STALE_S = 600  # no process is silent for longer: its attempts take six minutes, verifying 6 GB two
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 WEB_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<error")  # what proxies and storage servers answer instead of a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

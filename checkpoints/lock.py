@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-STALE_S = 600  # no process is silent for longer: its attempts take six minutes, verifying 6 GB two
+from checkpoints.download import STALE_S, size_of
 
 
 @contextlib.contextmanager
@@ -52,8 +52,4 @@ def acquire(held, folder: str) -> bool:
 
 
 def sizes(folder: str) -> dict[str, int]:
-    found = {}
-    for name in os.listdir(folder):
-        with contextlib.suppress(FileNotFoundError):  # it has just got its final name
-            found[name] = os.path.getsize(os.path.join(folder, name))
-    return found
+    return {name: size_of(os.path.join(folder, name)) for name in os.listdir(folder)}

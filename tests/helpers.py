@@ -33,6 +33,19 @@ def random_model(n_vocab=61, n_ctx=24, n_embd=24, n_head=3, n_layer=3, seed=0):
     return Model(hparams, nest_params(random_variables(hparams, seed), hparams, "random"))
 
 
+class Spied(Model):
+    """A model that remembers the shapes it was fed, and its cache."""
+
+    def __init__(self, model):
+        super().__init__(model.hparams, model.params)
+        self.shapes = []
+
+    def forward(self, tokens, cache, n_last=1, plainly=False):
+        self.shapes.append(np.shape(tokens))
+        self.cache = cache
+        return super().forward(tokens, cache, n_last, plainly)
+
+
 def shared_out(model, n_threads=3, way=None, is_packed=True):
     """The same model computed as a large one, all but single rows in shares."""
     model = Model(model.hparams, model.params)

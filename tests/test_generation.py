@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from drafting import DRAFT, TARGET, drafters, limited, samplers
-from helpers import random_model, shared_out
+from helpers import Spied, random_model, shared_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,19 +12,6 @@ from gpt2 import Model, generate, generate_batch
 
 MODEL = random_model()  # a context of 24
 PROMPT = [3, 1, 4, 1, 5]
-
-
-class Counting(Model):
-    """A model that notes the shape of the tokens of each forward call."""
-
-    def __init__(self, model):
-        super().__init__(model.hparams, model.params)
-        self.shapes = []
-
-    def forward(self, tokens, cache, n_last=1, plainly=False):
-        self.shapes.append(np.shape(tokens))
-        return super().forward(tokens, cache, n_last, plainly)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Beyond the context
@@ -65,7 +52,7 @@ def test_a_text_that_fits_does_not_slide():
 
 
 def test_half_a_window_at_a_time_costs_half_a_window():
-    model = Counting(MODEL)
+    model = Spied(MODEL)
     assert len(list(generate(model, PROMPT, 100, slide_by=12))) == 100
     fed = [n for _, n in model.shapes]
     assert len(fed) == 100 and set(fed) == {1, len(PROMPT), 13}
@@ -93,7 +80,7 @@ def test_every_drafter_gives_the_plain_text_beyond_the_context(n_draft, slide_by
 def test_drafts_beyond_the_context_save_passes(tiny):
     encoder, model = tiny
     prompt = encoder.encode("ROMEO:")
-    counted = Counting(model)
+    counted = Spied(model)
     plain = list(generate(counted, prompt, 600, slide_by=256))
     n_plain, counted.shapes = len(counted.shapes), []
     known = prompt + plain
@@ -102,7 +89,7 @@ def test_drafts_beyond_the_context_save_passes(tiny):
 
 
 def test_a_cache_of_the_prompt_is_used():
-    model, cache = Counting(MODEL), MODEL.new_cache()
+    model, cache = Spied(MODEL), MODEL.new_cache()
     MODEL.forward([PROMPT[:3]], cache)
     assert list(generate(model, PROMPT, 10, cache=cache)) == list(generate(MODEL, PROMPT, 10))
     assert model.shapes == [(1, 2)] + [(1, 1)] * 9
@@ -166,7 +153,7 @@ def test_each_text_of_a_batch_ends_on_its_own(shapes, seed):
 
 def test_texts_that_have_ended_cost_nothing():
     samples = [lambda logits, position, i=i: i for i in range(3)]
-    model = Counting(MODEL)
+    model = Spied(MODEL)
     found = generate_batch(model, [[9]] * 3, 8, samples, is_end=lambda ids: len(ids) == 2 + 2 * ids[0])
     assert found == [[0] * 2, [1] * 4, [2] * 6]
     assert model.shapes == [(3, 1)] * 2 + [(2, 1)] * 2 + [(1, 1)] * 2
@@ -174,7 +161,7 @@ def test_texts_that_have_ended_cost_nothing():
 
 @pytest.mark.parametrize("slide_by", [None, 12])
 def test_a_shared_prompt_is_computed_once(slide_by):
-    model = Counting(MODEL)
+    model = Spied(MODEL)
     samples = [make_sampler(1.0, seed=seed) for seed in range(5)]
     found = generate_batch(model, [PROMPT] * 5, 4, samples, slide_by)
     assert found == [list(generate(MODEL, PROMPT, 4, sample)) for sample in samples]
@@ -183,7 +170,7 @@ def test_a_shared_prompt_is_computed_once(slide_by):
 
 
 def test_equal_prompts_among_others_are_computed_once():
-    model, prompts = Counting(MODEL), [[1, 2], PROMPT, [1, 2], [7]]
+    model, prompts = Spied(MODEL), [[1, 2], PROMPT, [1, 2], [7]]
     samples = [make_sampler(1.0, seed=seed) for seed in range(4)]
     found = generate_batch(model, prompts, 4, samples)
     assert found == [list(generate(MODEL, *pair)) for pair in zip(prompts, [4] * 4, samples, strict=True)]

@@ -4,10 +4,10 @@ import os
 
 import numpy as np
 import pytest
-from helpers import ROOT, random_model
+from helpers import ROOT, Spied, random_model
 
 from decoding.beam import beam_search, likeliest
-from gpt2 import Model, generate
+from gpt2 import generate
 
 with open(os.path.join(ROOT, "tests", "goldens", "transformers.json"), encoding="utf-8") as f:
     GOLDENS = json.load(f)["beams"]
@@ -86,19 +86,6 @@ def test_as_many_beams_as_ids_find_the_best_pairs(n_tokens, eot_id, length_penal
     found = beam_search(model, [2, 5], n_tokens, 6, length_penalty, eot_id)
     assert [ids for _, ids in found] == [ids for _, ids in best]
     np.testing.assert_allclose([score for score, _ in found], [score for score, _ in best], rtol=0, atol=1e-4)
-
-
-class Spied(Model):
-    """A model that remembers the shapes it was fed, and its cache."""
-
-    def __init__(self, model):
-        super().__init__(model.hparams, model.params)
-        self.shapes = []
-
-    def forward(self, tokens, cache, n_last=1, plainly=False):
-        self.shapes.append(np.shape(tokens))
-        self.cache = cache
-        return super().forward(tokens, cache, n_last, plainly)
 
 
 def test_the_prompt_is_fed_once_and_then_a_token_a_beam():
