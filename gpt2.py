@@ -21,7 +21,7 @@ from console import command, flags, modes, stats
 from decoding.prefill import left_padded, prefilled
 from decoding.requests import check_batch, check_request, check_room, check_tokens
 from decoding.sampling import Sampler, for_row, for_text, greedy, is_near_tie
-from fast import Passes, elementwise, mean, room, row_sums, take_rows, tiled, times_transposed
+from fast import ACTIVATIONS, Passes, elementwise, mean, room, row_sums, take_rows, tiled, times_transposed
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
 MASKED = -1e38  # added to the score of a key that may not be seen; -inf would give NaN where every key is masked
@@ -37,8 +37,7 @@ def embed(tokens, positions, wte, wpe):  # int[n_batch, n_new] -> [n_batch, n_ne
 
 @elementwise
 def gelu(x):  # [...] -> [...]
-    # The tanh form of Hendrycks & Gimpel 2016, 0.5 x (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3), which equals
-    # x / (1 + exp(-2u)).
+    # Hendrycks & Gimpel 2016: 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)) with u = sqrt(2/pi) (x + 0.044715 x^3)
     scale = -2 * math.sqrt(2 / math.pi)
     return x / (1 + np.exp((x * x * (scale * 0.044715) + scale) * x))
 
@@ -96,30 +95,30 @@ def attention(x, cache, layer, n_rows, c_attn, c_proj):  # [n_batch, n_new, n_em
     return linear(heads.swapaxes(1, 2).reshape(n_batch, n_rows, cache.n_head * cache.d_head), **c_proj)
 
 
-def feed_forward(x, c_fc, c_proj):  # [..., n_embd] -> [..., n_embd], of all hidden units or a share of them
-    return linear(gelu(linear(x, **c_fc)), **c_proj)
+def feed_forward(x, activation, c_fc, c_proj):  # [..., n_embd] -> [..., n_embd], of all hidden units or a share of them
+    return linear(activation(linear(x, **c_fc)), **c_proj)
 
 
-def transformer_block(x, cache, layer, n_rows, total, attn, ln_1, ln_2, mlp):
+def transformer_block(x, cache, layer, n_rows, total, activation, eps, attn, ln_1, ln_2, mlp):
     # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]: keys and values of all, the rest of the last rows only
-    x = x[:, x.shape[1] - n_rows :] + total(attention(layer_norm(x, **ln_1), cache, layer, n_rows, **attn))
-    x += total(feed_forward(layer_norm(x, **ln_2), **mlp))
+    x = x[:, x.shape[1] - n_rows :] + total(attention(layer_norm(x, **ln_1, eps=eps), cache, layer, n_rows, **attn))
+    x += total(feed_forward(layer_norm(x, **ln_2, eps=eps), activation, **mlp))
     return x
 
 
-def gpt2(tokens, cache, n_last, wte, wpe, blocks, ln_f, lm_head=None, total=lambda x: x):
+def gpt2(tokens, cache, n_last, wte, wpe, blocks, ln_f, lm_head=None, total=lambda x: x, activation=gelu, eps=1e-5):
     # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
     """The model. What a layer adds to x is a sum over its heads and over its hidden units, so several threads can each
-    compute a share of them; `total` then adds up what all have. `lm_head` is wte.T, or a share of its columns.
+    compute a share of them; `total` then adds up what all have. `lm_head`: all or some columns of the output matrix.
     """
     n_new = tokens.shape[1]
     x = embed(tokens, cache.positions(n_new), wte, wpe)
     for i, params in enumerate(blocks):
         cache.note(x)
         n_rows = n_last if i == len(blocks) - 1 else n_new  # later blocks need every row, the output only the last
-        x = transformer_block(x, cache, i, n_rows, total, **params)
+        x = transformer_block(x, cache, i, n_rows, total, activation, eps, **params)
     cache.note(x)
-    return matmul(layer_norm(x, **ln_f), wte.T if lm_head is None else lm_head)
+    return matmul(layer_norm(x, **ln_f, eps=eps), wte.T if lm_head is None else lm_head)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,10 +191,12 @@ class KVCache:
 
 
 class Model:
-    """The weights and what they are: hparams (n_vocab, n_ctx, n_embd, n_head, n_layer) and nested params."""
+    """The weights, nested, and hparams: n_vocab, n_ctx, n_embd, n_head, n_layer, perhaps activation and epsilon."""
 
     def __init__(self, hparams: dict, params: dict):
         self.hparams, self.params = hparams, params
+        activation, eps = ACTIVATIONS.get(hparams.get("activation"), gelu), hparams.get("layer_norm_epsilon", 1e-5)
+        self.gpt2 = partial(gpt2, activation=activation, eps=eps)
         self.passes = Passes(hparams, params)
 
     def new_cache(self, n_batch: int = 1, n_seq: int | None = None, n_pad: Sequence[int] = ()) -> KVCache:
@@ -213,7 +214,7 @@ class Model:
         """
         tokens = np.asarray(tokens)
         check_tokens(tokens, n_last, cache, self.hparams["n_vocab"])
-        logits = self.passes(gpt2, tokens, cache, n_last, plainly)
+        logits = self.passes(self.gpt2, tokens, cache, n_last, plainly)
         if not np.isfinite(logits).all():
             raise ValueError(why_not_finite(logits, self.params))
         cache.advance(tokens.shape[1])

@@ -191,7 +191,8 @@ def only_tokens(encoder: Encoder, hparams: dict[str, int], params: dict) -> tupl
     n_vocab = max(encoder.tokens) + 1
     if n_vocab == hparams["n_vocab"]:
         return hparams, params
-    return hparams | {"n_vocab": n_vocab}, params | {"wte": params["wte"][:n_vocab]}
+    output = {"lm_head": params["lm_head"][:, :n_vocab]} if "lm_head" in params else {}
+    return hparams | {"n_vocab": n_vocab}, params | {"wte": params["wte"][:n_vocab]} | output
 
 
 def load_encoder_hparams_and_params(model_size: str, models_dir: str | None = None) -> tuple[Encoder, dict, dict]:

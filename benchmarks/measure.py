@@ -11,7 +11,7 @@ import numpy as np
 
 import gpt2
 from checkpoints.weights import expected_shapes, nest_params
-from fast.shares import PRODUCTS
+from fast.shares import PRODUCTS, output_matrix
 from fast.threads import count_threads
 
 FOLDER = os.path.join("benchmarks", "results")
@@ -71,7 +71,7 @@ def milliseconds(times: np.ndarray) -> dict[str, float]:
 def stream(model: gpt2.Model, n_times: int = 1) -> Callable[[], None]:
     """A function that multiplies one row with every matrix of the model, n_times: what reading the weights takes."""
     blocks = model.params["blocks"]
-    weights = [block[part][name]["w"] for block in blocks for part, name in PRODUCTS] + [model.params["wte"].T]
+    weights = [block[part][name]["w"] for block in blocks for part, name in PRODUCTS] + [output_matrix(model.params)]
     pairs = [(np.ones((1, w.shape[0]), np.float32), w) for w in weights]
 
     def run():

@@ -118,7 +118,7 @@ def row_actions(model: gpt2.Model, draft: gpt2.Model, position: int) -> dict:
         return time.perf_counter() - started
 
     def plain(n):
-        step(n, partial(gpt2.gpt2, **model.params))
+        step(n, partial(model.gpt2, **model.params))
 
     return {(n, kind.__name__): partial(kind, n) for n in COUNTS for kind in (step, after_draft, plain)}
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 
-def expected_shapes(hparams: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of each variable of a GPT-2, as the checkpoint has them."""
-    n_embd = hparams["n_embd"]
+def expected_shapes(hparams: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, shape) of each variable of a GPT-2, as OpenAI's checkpoints have them."""
+    n_embd, n_inner = hparams["n_embd"], hparams.get("n_inner") or 4 * hparams["n_embd"]
     yield "wte", (hparams["n_vocab"], n_embd)
     yield "wpe", (hparams["n_ctx"], n_embd)
     for i in range(hparams["n_layer"]):
@@ -17,8 +17,8 @@ def expected_shapes(hparams: dict[str, int]) -> Iterator[tuple[str, tuple[int, .
         for linear, n_in, n_out in (
             ("attn/c_attn", n_embd, 3 * n_embd),
             ("attn/c_proj", n_embd, n_embd),
-            ("mlp/c_fc", n_embd, 4 * n_embd),
-            ("mlp/c_proj", 4 * n_embd, n_embd),
+            ("mlp/c_fc", n_embd, n_inner),
+            ("mlp/c_proj", n_inner, n_embd),
         ):
             yield f"h{i}/{linear}/w", (1, n_in, n_out)
             yield f"h{i}/{linear}/b", (n_out,)
@@ -26,22 +26,32 @@ def expected_shapes(hparams: dict[str, int]) -> Iterator[tuple[str, tuple[int, .
     yield "ln_f/b", (n_embd,)
 
 
-def nest_params(variables: dict[str, np.ndarray], hparams: dict[str, int], source: str) -> dict:
+def variable(variables: dict[str, np.ndarray], name: str, shape: tuple[int, ...], source: str) -> np.ndarray:
+    """The variable model/NAME, less a leading 1 of its shape. ValueError: it is missing, or something else."""
+    array, shape = variables.get(f"model/{name}"), shape[-2:]
+    if array is None or array.shape not in (shape, (1, *shape)) or array.dtype != np.float32:
+        found = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
+        raise ValueError(
+            f"{source}: model/{name} is {found}, expected float32{list(shape)} as its hyper-parameters say; "
+            "the files must belong to one model"
+        )
+    return array.reshape(shape)
+
+
+def nest_params(variables: dict[str, np.ndarray], hparams: dict, source: str) -> dict:
     """The variables model/h0/attn/c_attn/w ... as picoGPT nests them: blocks[0]["attn"]["c_attn"]["w"] ..., views all.
 
-    ValueError: one is missing or has another shape than `hparams` says. Others (an optimizer's) are left out.
+    "model/lm_head", [n_vocab, n_embd], is an output matrix that is not wte. ValueError: one is missing or has another
+    shape than `hparams` says. Others (an optimizer's) are left out.
     """
     if f"model/h{hparams['n_layer']}/ln_1/g" in variables:
-        raise ValueError(f"{source}: more layers than the {hparams['n_layer']} of hparams.json; the files differ")
+        raise ValueError(
+            f"{source}: more layers than the {hparams['n_layer']} of its hyper-parameters; the files differ"
+        )
     params: dict = {"blocks": []}
+    if "model/lm_head" in variables:
+        params["lm_head"] = variable(variables, "lm_head", (hparams["n_vocab"], hparams["n_embd"]), source).T
     for name, shape in expected_shapes(hparams):
-        array = variables.get(f"model/{name}")
-        if array is None or array.shape != shape or array.dtype != np.float32:
-            found = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
-            raise ValueError(
-                f"{source}: model/{name} is {found}, expected float32{list(shape)} as hparams.json says; "
-                "the files must belong to one model"
-            )
         *path, leaf = name.split("/")
         node = params
         if path and path[0].startswith("h"):
@@ -51,7 +61,7 @@ def nest_params(variables: dict[str, np.ndarray], hparams: dict[str, int], sourc
             node = params["blocks"][i]
         for key in path:
             node = node.setdefault(key, {})
-        node[leaf] = array[0] if len(shape) == 3 else array
+        node[leaf] = variable(variables, name, shape, source)
     return params
 
 

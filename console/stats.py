@@ -9,12 +9,13 @@ import numpy as np
 
 
 def n_bytes(params) -> int:
-    """Bytes of the weights that are read for every token: all of them, but one row of wpe."""
+    """Bytes of the weights that are read for every token: all, but one row of wpe, and of wte beside an lm_head."""
     if isinstance(params, np.ndarray):
         return params.nbytes
     if isinstance(params, list):
         return sum(map(n_bytes, params))
-    return sum(n_bytes(value) for name, value in params.items() if name != "wpe")
+    rows = {"wpe", "wte"} if "lm_head" in params else {"wpe"}
+    return sum(n_bytes(value) for name, value in params.items() if name not in rows)
 
 
 def peak_memory_gb() -> float | None:

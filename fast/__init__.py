@@ -5,14 +5,15 @@ What is computed is in gpt2.py alone. Here is decided which thread computes what
 
 import numpy as np
 
+from fast.activations import ACTIVATIONS
 from fast.arrays import elementwise, mean, row_sums, take_rows, tiled, times_transposed
 from fast.memory import keep_freed_memory, room
-from fast.shares import MAX_FEW, Shares, in_shares
+from fast.shares import MAX_FEW, Shares, in_shares, output_matrix
 from fast.threads import blas, count_threads, forks
 
 if not hasattr(np, "vecdot"):
     raise ImportError(f"NumPy 2.0 or newer is needed, this is {np.__version__}; pip install --upgrade numpy")
-__all__ = ["Passes", "elementwise", "mean", "room", "row_sums", "take_rows", "tiled", "times_transposed"]
+__all__ = ["ACTIVATIONS", "Passes", "elementwise", "mean", "room", "row_sums", "take_rows", "tiled", "times_transposed"]
 MIN_BYTES = 1 << 26  # of weights; smaller models, as the embedded ones, are in the cache, and threads gain nothing
 
 
@@ -25,7 +26,7 @@ class Passes:
         self.is_large = self.shares.n_bytes >= MIN_BYTES
         if not self.is_large:
             # BLAS packs a transpose: 5 rows of `tiny` with its vocabulary take 83 us instead of 165.
-            params = params | {"lm_head": np.ascontiguousarray(params["wte"].T)}
+            params = params | {"lm_head": np.ascontiguousarray(output_matrix(params))}
             self.shares.report = "none, the model is small"
         self.params = params
 

@@ -58,6 +58,10 @@ def cut(n: int, n_parts: int, size: int) -> list[slice]:
     return [slice(*edge) for edge in pairwise([*edges, n])]
 
 
+def output_matrix(params):  # -> [n_embd, n_vocab]
+    return params.get("lm_head", params["wte"].T)
+
+
 class Shares:
     """A model's weights in shares, one for each thread: as they lie, and copied into panels once that pays."""
 
@@ -97,7 +101,7 @@ class Shares:
             c_fc = {"w": matrix(c_fc[None, :, units]), "b": b[2][units]}
             mlp = {"c_fc": c_fc, "c_proj": {"w": matrix(mlp_proj[None, units]), "b": b[3] * is_first}}
             blocks.append(block | {"attn": attn, "mlp": mlp})
-        return self.params | {"blocks": blocks, "lm_head": matrix(self.params["wte"][self.ids[i]].T[None])}
+        return self.params | {"blocks": blocks, "lm_head": matrix(output_matrix(self.params)[None, :, self.ids[i]])}
 
     def on_all(self, work) -> list:
         """What work(matrices) returns for each share, on its thread."""

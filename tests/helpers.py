@@ -28,9 +28,14 @@ def random_variables(hparams, seed=0):
     return variables
 
 
-def random_model(n_vocab=61, n_ctx=24, n_embd=24, n_head=3, n_layer=3, seed=0):
-    hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
-    return Model(hparams, nest_params(random_variables(hparams, seed), hparams, "random"))
+def random_model(n_vocab=61, n_ctx=24, n_embd=24, n_head=3, n_layer=3, seed=0, is_tied=True, order="C", **settings):
+    """`settings`: what only relatives of GPT-2 have. `order` F: weights that lie transposed, as nanoGPT's."""
+    hparams = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer} | settings
+    variables = random_variables(hparams, seed)
+    if not is_tied:
+        variables["model/lm_head"] = np.flipud(variables["model/wte"])
+    variables = {name: np.asarray(array, order=order) for name, array in variables.items()}
+    return Model(hparams, nest_params(variables, hparams, "random"))
 
 
 class Spied(Model):

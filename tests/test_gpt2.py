@@ -2,10 +2,12 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import random_model
+import reference
+from helpers import random_model, shared_out
 from reference import reference_logits
 
 import gpt2
+from fast import ACTIVATIONS
 
 MODEL = random_model()
 IDS = [int(i) for i in np.random.default_rng(1).integers(61, size=24)]
@@ -27,6 +29,39 @@ def test_logits_equal_the_float64_reference(shape):
     logits = model.forward(ids[None], model.new_cache(), n_last=n_ctx)[0]
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, reference_logits(model, ids), rtol=0, atol=1e-4)
+
+
+RELATIVES = [
+    {"activation": "gelu"},
+    {"activation": "relu", "layer_norm_epsilon": 0.1},
+    {"activation": "silu", "n_inner": 40},
+    {"activation": "gelu_new", "is_tied": False, "order": "F"},
+]
+
+
+@pytest.mark.parametrize("settings", RELATIVES, ids=str)
+@pytest.mark.parametrize("n_threads", [None, 2])
+def test_relatives_of_gpt2_equal_the_reference_too(settings, n_threads):
+    model = whole = random_model(**settings)
+    if n_threads:
+        pytest.importorskip("threadpoolctl", reason="without threadpoolctl nothing is computed in shares")
+        model = shared_out(whole, n_threads)
+    cache = model.new_cache()
+    logits = np.concatenate(
+        [model.forward([ids], cache, n_last=len(ids))[0] for ids in (IDS[:16], IDS[16:21], IDS[21:22])]
+    )
+    np.testing.assert_allclose(logits, reference_logits(whole, IDS[:22]), rtol=0, atol=1e-4)
+    other = random_model(n_inner=settings.get("n_inner")).forward([IDS], whole.new_cache(), n_last=24)[0]
+    assert abs(other[:22] - logits).max() > 2e-4  # it is not GPT-2 itself
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_equal_their_formulas_everywhere(name):
+    x = np.linspace(-12, 12, 200_001, dtype=np.float32)  # more than one piece
+    expected = reference.ACTIVATIONS[name](x.astype(np.float64))
+    got = ACTIVATIONS[name](x.copy())
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, rtol=2e-7, atol=4e-7)
 
 
 @pytest.mark.parametrize("chunks", [[1] * 24, [24], [5, 1, 1, 9, 8], [23, 1], [1, 23], [12, 12]])
@@ -115,9 +150,10 @@ def test_everything_is_float32():
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             patch.setattr(gpt2, name, spy(name))
-        cache = MODEL.new_cache()
-        MODEL.forward([IDS[:5]], cache)
-        MODEL.forward([IDS[5:6]], cache)
+        model = gpt2.Model(MODEL.hparams, MODEL.params)  # which looks up its activation
+        cache = model.new_cache()
+        model.forward([IDS[:5]], cache)
+        model.forward([IDS[5:6]], cache)
     assert {name for name, _ in seen} == set(names)
     assert {dtype for _, dtype in seen} | {cache.kv.dtype} == {np.dtype(np.float32)}
 
