@@ -150,7 +150,7 @@ def make_drafter(options, target: Model, target_encoder, sample: Sampler) -> Dra
         drafters.append(PromptLookup(longest, options.n_gram))
     if options.drafter in ("model", "both"):
         encoder, draft = load_model(options.draft_model_size, options.models_dir)
-        if encoder.token_ids != target_encoder.token_ids or encoder.merge_ranks != target_encoder.merge_ranks:
+        if encoder.tokens != target_encoder.tokens or encoder.merge_ranks != target_encoder.merge_ranks:
             raise ValueError(
                 f"{options.draft_model_size} has another vocabulary than the target; choose a draft of the same family"
             )

@@ -1,7 +1,7 @@
 """A model by its name: fetch what is missing, read what is there, check that it fits together.
 
-download.py fetches the files; here is which they are and what makes them right. python utils.py verify MODEL_SIZE
-checks them again on disk.
+A name is a folder of models_dir or a path. It holds OpenAI's files, Hugging Face's or nanoGPT's; checkpoints/ reads
+them. Here is which files make up OpenAI's and what makes them right. python utils.py verify MODEL_SIZE checks a model.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from collections.abc import Callable
 from checkpoints import DOWNLOAD_AGAIN
 from checkpoints.tensorflow import data_path, read_checkpoint, read_index, verify_checkpoint
 from checkpoints.weights import check_finite, expected_shapes, nest_params
-from encoder import MODELS_DIR, Encoder, get_encoder
+from encoder import MODELS_DIR, Encoder, check_token_ids, get_encoder, rank_merges
 
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 D_HEAD = 64  # in all OpenAI sizes
 OPENAI_SIZES = ("124M", "355M", "774M", "1558M")
 HPARAMS, TOKEN_IDS, MERGES = "hparams.json", "encoder.json", "vocab.bpe"
-CHECKPOINT = "model.ckpt"
+CHECKPOINT, NANOGPT = "model.ckpt", "ckpt.pt"
 INDEX, DATA = CHECKPOINT + ".index", data_path(CHECKPOINT)
 MODEL_FILES = (HPARAMS, TOKEN_IDS, MERGES, INDEX, DATA)  # the order matters: each is checked with the ones before it
 MAX_SIZES = {HPARAMS: 1 << 16, TOKEN_IDS: 1 << 24, MERGES: 1 << 24}  # OpenAI's have 90, 1.0e6 and 0.5e6 bytes
@@ -111,12 +111,26 @@ def read_hparams(path: str) -> dict[str, int]:
     return hparams
 
 
+def kind_of(path: str) -> str | None:
+    """Whose files a folder holds: openai, huggingface or nanogpt; None where it holds no model."""
+    if any(os.path.exists(os.path.join(path, name)) for name in MODEL_FILES):
+        return "openai"
+    if os.path.exists(os.path.join(path, "config.json")):
+        return "huggingface"
+    return "nanogpt" if path.endswith(".pt") or os.path.exists(os.path.join(path, NANOGPT)) else None
+
+
 def models_in(models_dir: str) -> list[str]:
     """The folders of `models_dir` that hold a model."""
     if not os.path.isdir(models_dir):
         return []
     folders = sorted(os.listdir(models_dir))
-    return [name for name in folders if os.path.exists(os.path.join(models_dir, name, DATA))]
+    return [
+        name
+        for name in folders
+        if ((kind := kind_of(os.path.join(models_dir, name))) and kind != "openai")
+        or os.path.exists(os.path.join(models_dir, name, DATA))
+    ]
 
 
 def need_crc32c(model_size: str) -> None:
@@ -155,33 +169,41 @@ def download_model(model_size: str, models_dir: str) -> None:
 
 
 def find_model(model_size: str, models_dir: str) -> str:
-    """The folder of a model, after fetching what is missing. ValueError: there is no such model."""
+    """The folder of a model, or a .pt file, after fetching what is missing. ValueError: there is no such model."""
+    if model_size.startswith("hf:"):
+        from checkpoints import hub  # and with it a library that others do not need
+
+        return hub.fetch(model_size)
     folder = os.path.join(models_dir, model_size)
+    if os.sep in model_size and not os.path.exists(folder):
+        folder = model_size  # a path from where one is
     missing = missing_files(folder)
-    if model_size in OPENAI_SIZES and missing:
+    kind = kind_of(folder) if model_size else None
+    if model_size in OPENAI_SIZES and kind in ("openai", None) and missing:
         download_model(model_size, models_dir)
-    elif not model_size or len(missing) == len(MODEL_FILES):
+    elif kind is None:
         here = ", ".join(name for name in models_in(models_dir) if name not in OPENAI_SIZES) or "none"
         raise ValueError(
-            f"no model {model_size!r}: OpenAI's sizes are {', '.join(OPENAI_SIZES)}; others in {models_dir}: {here}"
+            f"no model {model_size!r}: OpenAI's sizes are {', '.join(OPENAI_SIZES)}; others in {models_dir}: {here}; "
+            "a path and hf:OWNER/MODEL are names too"
         )
-    elif missing:
+    elif kind == "openai" and missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; copy the whole model there")
     return folder
 
 
-def read_encoder(model_size: str, models_dir: str, hparams: dict[str, int]) -> Encoder:
-    """The encoder of a model. ValueError: it is damaged, has tokens that the model has not, or ids without a token."""
-    encoder = get_encoder(model_size, models_dir)
+def check_encoder(encoder: Encoder, hparams: dict, folder: str) -> Encoder:
+    """ValueError: tokens that the model has not, or ids without a token."""
     if max(encoder.tokens) >= hparams["n_vocab"]:
         raise ValueError(
-            f"{os.path.join(models_dir, model_size)}: {TOKEN_IDS} has ids up to {max(encoder.tokens)}, {HPARAMS} a "
-            f"vocabulary of {hparams['n_vocab']}; the files must belong to one model"
+            f"{folder}: its vocabulary has ids up to {max(encoder.tokens)}, its hyper-parameters say {hparams['n_vocab']} "
+            "tokens; "
+            "the files must belong to one model"
         )
     if holes := set(range(max(encoder.tokens))) - encoder.tokens.keys():
         raise ValueError(
-            f"{os.path.join(models_dir, model_size)}: {TOKEN_IDS} has no token for id {min(holes)}, which the model "
-            "could choose; the files must belong to one model"
+            f"{folder}: its vocabulary has no token for id {min(holes)}, which the model could choose; "
+            "the files must belong to one model"
         )
     return encoder
 
@@ -195,23 +217,42 @@ def only_tokens(encoder: Encoder, hparams: dict[str, int], params: dict) -> tupl
     return hparams | {"n_vocab": n_vocab}, params | {"wte": params["wte"][:n_vocab]} | output
 
 
+def read_openai(folder: str) -> tuple[Encoder, dict, dict]:
+    check_files(folder)
+    hparams = read_hparams(os.path.join(folder, HPARAMS))
+    models_dir, name = os.path.split(folder)
+    encoder = check_encoder(get_encoder(name, models_dir), hparams, folder)
+    return encoder, hparams, read_checkpoint(os.path.join(folder, CHECKPOINT))
+
+
+def read_huggingface(folder: str) -> tuple[Encoder, dict, dict]:
+    from checkpoints import huggingface, vocabulary  # which OpenAI's models do not need
+
+    hparams, config, variables = huggingface.read_huggingface(folder)
+    eot_ids, start_id = huggingface.special_ids(folder, config, hparams["n_vocab"])
+    found = vocabulary.read_vocabulary(folder).within(hparams["n_vocab"])
+    token_ids = check_token_ids(found.token_ids, found.path, found.added)
+    ranks = rank_merges(found.merges, token_ids, found.path)
+    encoder = Encoder(token_ids, ranks, found.added, found.patterns, eot_ids, start_id, found.adds_space)
+    return encoder, hparams, variables
+
+
+READERS = {"openai": read_openai, "huggingface": read_huggingface}
+
+
 def load_encoder_hparams_and_params(model_size: str, models_dir: str | None = None) -> tuple[Encoder, dict, dict]:
-    """(encoder, hparams, params) of `models_dir/model_size`; an OpenAI size is downloaded first if need be.
+    """(encoder, hparams, params) of a model; an OpenAI size is downloaded first if need be.
 
-    `models_dir` is the folder beside the programs unless given.
+    `model_size` is a folder of `models_dir` (the folder beside the programs unless given), a path, or hf:OWNER/MODEL.
 
-    The weights are float32 views of the mapped checkpoint, nested as in picoGPT: params["wte"],
+    The weights are float32 views of the mapped files, nested as in picoGPT: params["wte"],
     params["blocks"][i]["attn"]["c_attn"]["w"] ...
 
     ValueError: no such model, or a damaged one. ConnectionError: it could not be fetched.
     """
-    models_dir = MODELS_DIR if models_dir is None else models_dir
-    folder = find_model(model_size, models_dir)
-    check_files(folder)
-    hparams = read_hparams(os.path.join(folder, HPARAMS))
-    encoder = read_encoder(model_size, models_dir, hparams)
-    prefix = os.path.join(folder, CHECKPOINT)
-    return encoder, *only_tokens(encoder, hparams, nest_params(read_checkpoint(prefix), hparams, prefix))
+    folder = find_model(model_size, MODELS_DIR if models_dir is None else models_dir)
+    encoder, hparams, variables = READERS[kind_of(folder)](folder)
+    return encoder, *only_tokens(encoder, hparams, nest_params(variables, hparams, folder))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,7 +277,7 @@ def find_problems(model_size: str, models_dir: str) -> list[str]:
         *(functools.partial(check_file, model_size, name, os.path.join(folder, name), folder) for name in MODEL_FILES),
         lambda: check_heads(model_size, hparams_path),
         lambda: get_encoder(model_size, models_dir),
-        lambda: read_encoder(model_size, models_dir, read_hparams(hparams_path)),
+        lambda: check_encoder(get_encoder(model_size, models_dir), read_hparams(hparams_path), folder),
         lambda: nest_params(read_checkpoint(prefix), read_hparams(hparams_path), prefix),
         lambda: check_finite(read_checkpoint(prefix), prefix),
     ]

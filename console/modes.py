@@ -177,9 +177,9 @@ def write(options, text: str | None, encoder, model, generate: Callable, generat
     elif options.n_beam > 1:
         from decoding.beam import beam_search
 
-        eot_id = None if options.ignore_eot else encoder.eot_id
+        eot_ids = () if options.ignore_eot else encoder.eot_ids
         search = partial(beam_search, model, encoder.encode_prompt(text), n_tokens, options.n_beam)
-        write_beams(partial(search, options.length_penalty, eot_id), text_of, options.json)
+        write_beams(partial(search, options.length_penalty, eot_ids), text_of, options.json)
     elif options.n_samples > 1:
         is_end = partial(has_ended, encoder, **ending)
         batch = partial(generate_batch, model, n_tokens=n_tokens, slide_by=slide_by, is_end=is_end)

@@ -35,12 +35,12 @@ def beam_search(
     n_tokens: int,
     n_beam: int,
     length_penalty: float = 1.0,
-    eot_id: int | None = None,
+    eot_ids: Sequence[int] = (),
 ) -> list[tuple[float, list[int]]]:
     """The `n_beam` best continuations of `prompt_ids` that beam search finds, as (score, new ids), best first.
 
-    One is finished by `eot_id`, which is then the last of its ids and counts in its length, or by `n_tokens`. The
-    search ends when the likeliest unfinished one, scored as if it ended now, is no better than any of `n_beam` finished
+    One of `eot_ids` finishes it, as the last of its ids, which counts in its length, or `n_tokens` do. The search ends
+    when the likeliest unfinished one, scored as if it ended now, is no better than any of `n_beam` finished
     ones. A length_penalty above 0 favours long ones, below 0 short ones, 0 compares bare probabilities.
     ValueError: n_beam or length_penalty outside its range, or what generate refuses.
     """
@@ -52,10 +52,11 @@ def beam_search(
     for n in range(1, n_tokens + 1):
         logits = model.forward(new, cache)[:, 0]
         open_beams = []
-        # Twice as many as are kept: at most one continuation of each beam ends it, so that n_beam can go on.
-        candidates = likeliest(log_softmax(logits.astype(np.float64)) + np.array(totals)[:, None], 2 * n_beam)
+        # More than are kept: of each beam's continuations eot_ids may end so many, and n_beam are to go on.
+        n_candidates = (1 + max(1, len(eot_ids))) * n_beam
+        candidates = likeliest(log_softmax(logits.astype(np.float64)) + np.array(totals)[:, None], n_candidates)
         for rank, (total, row, i) in enumerate(candidates):
-            if i != eot_id and n < n_tokens:
+            if i not in eot_ids and n < n_tokens:
                 open_beams.append((total, row, [*beams[row], i]))
             elif rank < n_beam:  # one that would not have been kept does not count as finished
                 finished.append((total / n**length_penalty, [*beams[row], i]))

@@ -25,13 +25,13 @@ def before_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 def text_until_end(encoder, ids: Iterable[int], stops: Sequence[str], ignore_eot: bool) -> Iterator[str]:
     """The text of `ids` in pieces, up to <|endoftext|> (unless that is ignored) and to the first of `stops`."""
     if not ignore_eot:
-        ids = takewhile(lambda i: i != encoder.eot_id, ids)
+        ids = takewhile(lambda i: i not in encoder.eot_ids, ids)
     return before_stop(encoder.decode_stream(ids), stops)
 
 
 def has_ended(encoder, ids: Sequence[int], stops: Sequence[str], ignore_eot: bool) -> bool:
     """Whether the newest of `ids` is <|endoftext|> (unless that is ignored) or completes one of `stops`."""
-    if ids[-1] == encoder.eot_id and not ignore_eot:
+    if ids[-1] in encoder.eot_ids and not ignore_eot:
         return True
     n_bytes = max((len(stop.encode()) for stop in stops), default=0)  # a token has one or more
     text = encoder.decode(ids[-n_bytes - 3 :]) if stops else ""  # a character has up to four

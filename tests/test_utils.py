@@ -91,7 +91,7 @@ HPARAMS = {"n_vocab": 9, "n_ctx": 4, "n_embd": 8, "n_head": 2, "n_layer": 2}
         ({"n_vocab": 10}, r"model/wte is float32\[9, 8\], expected float32\[10, 8\]"),
         ({"n_layer": 3}, "model/h2/ln_1/g is nothing"),
         ({"n_layer": 2**31 - 1}, "model/h2/ln_1/g is nothing"),
-        ({"n_layer": 1}, "more layers than the 1"),
+        ({"n_layer": 1}, "more than the 1 layers"),
         ({"n_embd": 16}, "model/wte is float32"),
     ],
 )
@@ -195,10 +195,10 @@ def test_verify_names_what_is_wrong(mine, damage, messages):
 def test_verify_compares_hparams_with_the_weights(mine):
     hparams = read_hparams(str(mine / "hparams.json"))
     (mine / "hparams.json").write_text(json.dumps(hparams | {"n_layer": 1}))
-    assert verify(mine.parent)[0] == 1 and "more layers than the 1" in verify(mine.parent)[1]
+    assert verify(mine.parent)[0] == 1 and "more than the 1 layers" in verify(mine.parent)[1]
     (mine / "hparams.json").write_text(json.dumps(hparams | {"n_vocab": 2047}))
     status, err = verify(mine.parent)
-    assert status == 1 and "ids up to 2047, hparams.json a vocabulary of 2047" in err
+    assert status == 1 and "ids up to 2047, its hyper-parameters say 2047 tokens" in err
     assert "model/wte is float32[2048, 64], expected float32[2047, 64]" in err
 
 
@@ -240,7 +240,7 @@ def test_ids_without_a_token_are_never_chosen(mine):
     model = gpt2.Model(hparams, params)
     assert max(gpt2.generate(model, encoder.encode("a"), 200, make_sampler(100.0, seed=0))) < 2000
     (mine / "encoder.json").write_text(json.dumps(kept | {"Romeo and Juliet".replace(" ", ""): 2005}), encoding="utf-8")
-    with pytest.raises(ValueError, match="encoder.json has no token for id 2000, which the model could choose"):
+    with pytest.raises(ValueError, match="its vocabulary has no token for id 2000, which the model could choose"):
         load_encoder_hparams_and_params("mine", str(mine.parent))
 
 

@@ -207,7 +207,7 @@ class Counting(Model):
 class Letters:
     """An encoder of one token a letter; nothing ends a text."""
 
-    eot_id = None
+    eot_id, eot_ids = None, ()
 
     def encode_prompt(self, text):
         return [ord(c) % 61 for c in text]

@@ -25,7 +25,7 @@ def log_probability(model, prompt, ids):
 def test_beams_are_those_of_transformers(golden, tiny):
     _, model = tiny
     found = beam_search(
-        model, golden["prompt"], golden["n_tokens"], golden["n_beam"], golden["length_penalty"], golden["eot_id"]
+        model, golden["prompt"], golden["n_tokens"], golden["n_beam"], golden["length_penalty"], [golden["eot_id"]]
     )
     expected = golden["beams"]
     assert [ids for _, ids in found] == [ids for _, ids in expected]
@@ -45,7 +45,7 @@ def test_one_beam_is_greedy(n_tokens, length_penalty):
     ((_, ids),) = beam_search(MODEL, PROMPT, n_tokens, 1, length_penalty)
     assert ids == greedy and all(type(i) is int for i in ids)
     eot_id = greedy[-1]
-    ((_, ids),) = beam_search(MODEL, PROMPT, n_tokens, 1, length_penalty, eot_id)
+    ((_, ids),) = beam_search(MODEL, PROMPT, n_tokens, 1, length_penalty, [eot_id])
     assert ids == greedy[: greedy.index(eot_id) + 1]
 
 
@@ -53,7 +53,8 @@ def test_one_beam_is_greedy(n_tokens, length_penalty):
 @pytest.mark.parametrize("length_penalty", [0.6, 1.0])
 def test_scores_are_the_sums_that_one_pass_gives(length_penalty, eot_id):
     prompt = list(PROMPT)
-    found = beam_search(MODEL, prompt, 20, 6, length_penalty, eot_id)  # to the very edge of the context
+    eot_ids = [] if eot_id is None else [eot_id]
+    found = beam_search(MODEL, prompt, 20, 6, length_penalty, eot_ids)  # to the very edge of the context
     assert prompt == PROMPT and len(found) == 6
     assert len({tuple(ids) for _, ids in found}) == 6
     assert (min(len(ids) for _, ids in found) < 20) == (eot_id is not None)
@@ -83,7 +84,7 @@ def test_as_many_beams_as_ids_find_the_best_pairs(n_tokens, eot_id, length_penal
         for ids in every_continuation(6, n_tokens, eot_id)
     ]
     best = sorted(scored, reverse=True)[:6]
-    found = beam_search(model, [2, 5], n_tokens, 6, length_penalty, eot_id)
+    found = beam_search(model, [2, 5], n_tokens, 6, length_penalty, [] if eot_id is None else [eot_id])
     assert [ids for _, ids in found] == [ids for _, ids in best]
     np.testing.assert_allclose([score for score, _ in found], [score for score, _ in best], rtol=0, atol=1e-4)
 
@@ -108,7 +109,7 @@ def test_reordered_rows_of_the_cache_equal_fresh_ones():
 
 def test_a_vocabulary_of_one_ends_at_once():
     model = random_model(n_vocab=1, n_ctx=5, n_embd=8, n_head=2, n_layer=1)
-    assert beam_search(model, [0], 4, 1, eot_id=0) == [(0.0, [0])]
+    assert beam_search(model, [0], 4, 1, eot_ids=[0]) == [(0.0, [0])]
     assert beam_search(model, [0], 4, 1) == [(0.0, [0, 0, 0, 0])]
 
 
