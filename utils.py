@@ -124,12 +124,11 @@ def models_in(models_dir: str) -> list[str]:
     """The folders of `models_dir` that hold a model."""
     if not os.path.isdir(models_dir):
         return []
-    folders = sorted(os.listdir(models_dir))
+    kinds = {name: kind_of(os.path.join(models_dir, name)) for name in sorted(os.listdir(models_dir))}
     return [
         name
-        for name in folders
-        if ((kind := kind_of(os.path.join(models_dir, name))) and kind != "openai")
-        or os.path.exists(os.path.join(models_dir, name, DATA))
+        for name, kind in kinds.items()
+        if kind and (kind != "openai" or os.path.exists(os.path.join(models_dir, name, DATA)))
     ]
 
 
@@ -196,9 +195,8 @@ def check_encoder(encoder: Encoder, hparams: dict, folder: str) -> Encoder:
     """ValueError: tokens that the model has not, or ids without a token."""
     if max(encoder.tokens) >= hparams["n_vocab"]:
         raise ValueError(
-            f"{folder}: its vocabulary has ids up to {max(encoder.tokens)}, its hyper-parameters say {hparams['n_vocab']} "
-            "tokens; "
-            "the files must belong to one model"
+            f"{folder}: its vocabulary has ids up to {max(encoder.tokens)}, its hyper-parameters say "
+            f"{hparams['n_vocab']} tokens; the files must belong to one model"
         )
     if holes := set(range(max(encoder.tokens))) - encoder.tokens.keys():
         raise ValueError(

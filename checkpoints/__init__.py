@@ -1,3 +1,4 @@
 """Files of weights, read into named arrays."""
 
 DOWNLOAD_AGAIN = "delete the file and run again to download it"  # the way out of a damaged one
+COPY_AGAIN = "copy the file again"  # out of one that is not downloaded here

@@ -14,6 +14,7 @@ import sys
 
 import numpy as np
 
+from checkpoints import COPY_AGAIN
 from checkpoints.safetensors import Tensor, read_header, read_safetensors
 
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
@@ -32,7 +33,6 @@ LAYER = re.compile(r"h\.(\d+)\.(ln_[12]|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which some versions saved
 ENDS = {"wte.weight": "wte", "wpe.weight": "wpe", "ln_f.weight": "ln_f/g", "ln_f.bias": "ln_f/b"}
 HEAD = "lm_head.weight"
-COPY_AGAIN = "copy the file again"
 SAVE_AGAIN = "load it with transformers and save_pretrained() it"
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -63,19 +63,6 @@ def check_model(config: dict, path: str) -> None:
     """ValueError: a model that is computed otherwise than GPT-2, and why."""
     kind, architectures = config.get("model_type", "gpt2"), config.get("architectures") or ["GPT2LMHeadModel"]
     if kind != "gpt2" or not str(architectures[0] if isinstance(architectures, list) else "").startswith("GPT2"):
-        found = f"{reprlib.repr(kind)}, {reprlib.repr(architectures)}"
-        raise ValueError(f"{path}: the model is a {found}; this program computes gpt2 only")
-    for name in ("add_cross_attention", "is_encoder_decoder", "quantization_config"):
-        if config.get(name):
-            raise ValueError(f"{path}: {name} is set; this program computes plain GPT-2 in float32 only")
-
-
-def read_config(path: str) -> tuple[dict, dict]:
-    """(hparams, the whole of config.json). ValueError: it is damaged, or not of a GPT-2 that is computed here."""
-    config = read_json(path)
-    check_model(config, path)
-    hparams: dict = {name: read_size(config, names, default, path) for name, (names, default) in SIZES.items()}
-    if hparams["n_embd"] % hparams["n_head"]:
         found = f"{reprlib.repr(kind)}, {reprlib.repr(architectures)}"
         raise ValueError(f"{path}: the model is a {found}; this program computes gpt2 only")
     for name in ("add_cross_attention", "is_encoder_decoder", "quantization_config"):

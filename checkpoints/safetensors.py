@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoints import DOWNLOAD_AGAIN
+from checkpoints import COPY_AGAIN
 
 MAX_HEADER, MAX_DIMS = 100_000_000, 32  # the format's bytes, and NumPy's dimensions with room to spare
 SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
@@ -91,12 +91,10 @@ def read_header(path: str) -> dict[str, Tensor]:
         try:
             n_header = int.from_bytes(f.read(8), "little")
             if not 2 <= n_header <= min(MAX_HEADER, size - 8):
-                raise Damaged(
-                    f"{size} bytes, a header of {n_header}, expected {MAX_HEADER} at most, and within the file"
-                )
+                raise Damaged(f"{size} bytes, {n_header} of them a header, expected at most {MAX_HEADER}")
             return parse_header(f.read(n_header), size)
         except Damaged as e:
-            raise ValueError(f"{path} is damaged or no safetensors file: {e}; {DOWNLOAD_AGAIN}") from e
+            raise ValueError(f"{path} is damaged or no safetensors file: {e}; {COPY_AGAIN}") from e
 
 
 def as_float32(buffer, dtype: str, n: int, offset: int) -> np.ndarray:  # -> float32[n]

@@ -10,7 +10,8 @@ import reprlib
 import sys
 from typing import NamedTuple
 
-from checkpoints.huggingface import COPY_AGAIN, read_json
+from checkpoints import COPY_AGAIN
+from checkpoints.huggingface import read_json
 
 TOKENIZER, TOKEN_IDS, MERGES, ADDED = "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"
 SETTINGS = "tokenizer_config.json"

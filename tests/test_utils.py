@@ -91,7 +91,7 @@ HPARAMS = {"n_vocab": 9, "n_ctx": 4, "n_embd": 8, "n_head": 2, "n_layer": 2}
         ({"n_vocab": 10}, r"model/wte is float32\[9, 8\], expected float32\[10, 8\]"),
         ({"n_layer": 3}, "model/h2/ln_1/g is nothing"),
         ({"n_layer": 2**31 - 1}, "model/h2/ln_1/g is nothing"),
-        ({"n_layer": 1}, "more than the 1 layers"),
+        ({"n_layer": 1}, "more layers than the 1"),
         ({"n_embd": 16}, "model/wte is float32"),
     ],
 )
@@ -195,7 +195,7 @@ def test_verify_names_what_is_wrong(mine, damage, messages):
 def test_verify_compares_hparams_with_the_weights(mine):
     hparams = read_hparams(str(mine / "hparams.json"))
     (mine / "hparams.json").write_text(json.dumps(hparams | {"n_layer": 1}))
-    assert verify(mine.parent)[0] == 1 and "more than the 1 layers" in verify(mine.parent)[1]
+    assert verify(mine.parent)[0] == 1 and "more layers than the 1" in verify(mine.parent)[1]
     (mine / "hparams.json").write_text(json.dumps(hparams | {"n_vocab": 2047}))
     status, err = verify(mine.parent)
     assert status == 1 and "ids up to 2047, its hyper-parameters say 2047 tokens" in err
