@@ -21,13 +21,14 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+READING = ["checkpoints", "encoder", "utils"]  # the modules whose coverage guides the search
 
 if __name__ == "__main__":
     import atheris  # only a run by hand needs it
 
     os.environ["TQDM_DISABLE"] = "1"  # the progress bar of a file of a hundred bytes
     sys.modules["tensorflow"] = None  # foreign checkpoints end where TensorFlow would begin
-    with atheris.instrument_imports(include=["checkpoint", "encoder", "utils"]):
+    with atheris.instrument_imports(include=READING):
         import encoder
         import utils
         from checkpoints import tensorflow
