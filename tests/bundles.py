@@ -2,21 +2,12 @@
 
 from itertools import islice
 
-from checkpoints import tensorflow
-from checkpoints.tensorflow import (
-    Damaged,
-    Entry,
-    block_entries,
-    crc32c,
-    data_path,
-    mask_crc32c,
-    read_index,
-    read_varint,
-)
+from checkpoints.table import FOOTER_SIZE, TABLE_MAGIC, Damaged, block_entries, crc32c, mask_crc32c, read_varint
+from checkpoints.tensorflow import Entry, data_path, read_index
 
 HEADER = b"\x08\x01\x1a\x02\x08\x01"  # one shard, little-endian, version 1
 HPARAMS = {"n_vocab": 3, "n_ctx": 2, "n_embd": 2, "n_head": 1, "n_layer": 1}
-MAGIC = tensorflow.TABLE_MAGIC.to_bytes(8, "little")
+MAGIC = TABLE_MAGIC.to_bytes(8, "little")
 
 
 def varint(value):
@@ -94,7 +85,7 @@ def with_right_checksums(index):
         return bytes(content[offset : offset + size]), at
 
     try:
-        footer = bytes(content[-tensorflow.FOOTER_SIZE :])
+        footer = bytes(content[-FOOTER_SIZE:])
         _, at = mend(footer)
         entries, _ = mend(footer[at:])
         n_restarts = int.from_bytes(entries[-4:], "little")

@@ -180,7 +180,7 @@ def test_a_file_of_a_terabyte_is_not_read(prefix, modest, name):
         ({"dtype": (1 << 64) - 1}, "expected those of shape"),
         ({"dtype": 19, "shape": (2,), "offset": 1 << 50}, "expected 1125899906842628"),
         ({"dtype": 19, "shape": (2,), "offset": 2}, "has 4 bytes, expected 6"),
-        ({"dtype": 19, "shape": (2,), "is_sliced": True}, "needs TensorFlow"),
+        ({"dtype": 19, "shape": (2,), "is_sliced": True}, "a has 0 bytes in shard 0, expected those of shape"),
     ],
     ids=str,
 )
@@ -252,6 +252,20 @@ def test_a_pipe_is_not_waited_for_and_a_folder_is_no_file(nano_copy, name, make)
     os.remove(nano_copy / name)
     make(nano_copy / name)
     with pytest.raises(ValueError, match=f"{name} is a folder, a pipe or a device"):
+        load(nano_copy)
+
+
+def test_shards_are_files_of_the_folder_too(nano_copy):
+    """Also where there is no data file of the common name."""
+    first, second = (data_path(str(nano_copy / "model.ckpt"), i, 2) for i in range(2))
+    os.rename(nano_copy / "model.ckpt.data-00000-of-00001", first)
+    os.mkfifo(second)
+    with pytest.raises(ValueError, match="data-00001-of-00002 is a folder, a pipe or a device"):
+        load(nano_copy)
+    os.remove(second)
+    write_bytes(nano_copy.parent / "outside", b"")
+    os.symlink(nano_copy.parent / "outside", second)
+    with pytest.raises(ValueError, match="data-00001-of-00002 is a link to .*outside, out of its folder"):
         load(nano_copy)
 
 
