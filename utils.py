@@ -127,7 +127,7 @@ def need_crc32c(model_size: str) -> None:
 
 
 def files_of(folder: str) -> list[str]:
-    """The files of a model, there or not. Its weights may lie in several shards, which only TensorFlow reads."""
+    """The files of a model, there or not. Its weights may lie in several shards."""
     shards = glob.glob(data_path(CHECKPOINT, "?" * 5, "?" * 5), root_dir=folder)
     return [name for name in MODEL_FILES if name != DATA] + (sorted(shards) or [DATA])
 

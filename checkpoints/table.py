@@ -145,9 +145,12 @@ def message_fields(message: bytes) -> dict[int, list]:
     return fields
 
 
+def of_kind(value, kind: type):
+    if not isinstance(value, kind):
+        raise Damaged(f"a message field is no {kind.__name__}")
+    return value
+
+
 def single(fields: dict[int, list], number: int, kind: type):
     """The last value of a field, as protocol buffers have it; 0 or b"" where it is absent."""
-    value = fields.get(number, [kind()])[-1]
-    if not isinstance(value, kind):
-        raise Damaged(f"message field {number} is no {kind.__name__}")
-    return value
+    return of_kind(fields.get(number, [kind()])[-1], kind)

@@ -31,11 +31,17 @@ def table_entry(key, value, n_shared=0):
     return varint(n_shared) + varint(len(key)) + varint(len(value)) + key + value
 
 
+def slice_message(part):
+    extents = [b"\x08" + varint(start) + (b"\x10" + varint(n) if n >= 0 else b"") for start, n in part.extents]
+    return b"".join(b"\x0a" + varint(len(extent)) + extent for extent in extents)
+
+
 def entry_message(entry):
     shape = b"".join(b"\x12" + varint(len(b"\x08" + varint(n))) + b"\x08" + varint(n) for n in entry.shape)
     message = b"\x08" + varint(entry.dtype) + b"\x12" + varint(len(shape)) + shape
     message += b"\x18" + varint(entry.shard) + b"\x20" + varint(entry.offset) + b"\x28" + varint(entry.size)
-    return message + b"\x35" + entry.masked_crc32c.to_bytes(4, "little")
+    message += b"\x35" + entry.masked_crc32c.to_bytes(4, "little")
+    return message + b"".join(b"\x3a" + varint(len(part)) + part for part in map(slice_message, entry.slices))
 
 
 def table(data_blocks, handles=None):
@@ -54,7 +60,9 @@ def table(data_blocks, handles=None):
 
 def index_of(entries):
     """The index file of variables, `entries` by name as read_index gives them."""
-    variables = [table_entry(name.encode(), entry_message(entry)) for name, entry in entries.items()]
+    variables = [
+        table_entry(name.encode("utf-8", "surrogateescape"), entry_message(entry)) for name, entry in entries.items()
+    ]
     return table([table_entry(b"", HEADER) + b"".join(variables)])
 
 
@@ -64,7 +72,7 @@ def write_bundle(prefix, variables):
     for name, array in sorted(variables.items()):
         content = array.tobytes()
         masked = int.from_bytes(checksum(content), "little")
-        entries[name] = Entry(1, array.shape, 0, len(data), len(content), masked, False)
+        entries[name] = Entry(1, array.shape, 0, len(data), len(content), masked)
         data += content
     with open(prefix + ".index", "wb") as f:
         f.write(index_of(entries))

@@ -27,7 +27,6 @@ if __name__ == "__main__":
     import atheris  # only a run by hand needs it
 
     os.environ["TQDM_DISABLE"] = "1"  # the progress bar of a file of a hundred bytes
-    sys.modules["tensorflow"] = None  # foreign checkpoints end where TensorFlow would begin
     with atheris.instrument_imports(include=READING):
         import encoder
         import utils
@@ -67,7 +66,7 @@ def read_model(content: bytes, mended: bool) -> None:
     except ValueError as e:
         assert FOLDER.name + os.sep in str(e)
     arrays = tensorflow.read_checkpoint(prefix)
-    assert 0 < sum(array.nbytes for array in arrays.values()) <= len(data)
+    assert sum(array.nbytes for array in arrays.values()) <= 2 * len(data)  # halves become float32
     for array in arrays.values():
         array.tobytes()  # every byte can be read
     utils.nest_params(arrays, HPARAMS, prefix)
