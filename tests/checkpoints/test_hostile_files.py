@@ -1,7 +1,5 @@
 """Model files made to do harm: each must end in one ValueError that names the file, soon and within its own size."""
 
-import glob
-import importlib.util
 import os
 import shutil
 import time
@@ -20,7 +18,7 @@ from bundles import (
     with_right_checksums,
     write_bundle,
 )
-from helpers import MODELS, ROOT, random_variables, read_bytes, run, write_bytes
+from helpers import MODELS, random_variables, read_bytes, run, write_bytes
 
 import utils
 from checkpoints.tensorflow import (
@@ -327,32 +325,3 @@ def test_a_hostile_name_stays_on_one_line(nano_copy):
     done = run("gpt2.py", "x", "--model_size", "nano", "--models_dir", nano_copy.parent)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and r"a\n\x1b[2Jb has 4 bytes in shard 9" in done.stderr
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What fuzzing kept
-# ----------------------------------------------------------------------------------------------------------------------
-
-CORPUS = sorted(glob.glob(os.path.join(ROOT, "tests", "fuzz", "corpus", "*")))
-
-
-def fuzz_target():
-    spec = importlib.util.spec_from_file_location("fuzz_files", os.path.join(ROOT, "tests", "fuzz", "fuzz_files.py"))
-    fuzz_files = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fuzz_files)
-    return fuzz_files
-
-
-def test_fuzzing_is_guided_by_what_reads_files():
-    fuzz_files = fuzz_target()
-    readers = fuzz_files.encoder, fuzz_files.utils, fuzz_files.tensorflow
-    assert set(fuzz_files.READING) == {module.__name__.split(".")[0] for module in readers}
-
-
-def test_the_kept_corpus_ends_in_readings_and_named_faults():
-    """tests/fuzz/fuzz_files.py, one input after the other: `check` asserts what must hold."""
-    fuzz_files = fuzz_target()
-    messages = [fuzz_files.check(read_bytes(path)) for path in CORPUS]
-    assert len(CORPUS) > 20 and sum(map(os.path.getsize, CORPUS)) < 300_000
-    assert {read_bytes(path)[:1] for path in CORPUS} >= fuzz_files.READERS.keys()
-    assert "" in messages and len({message.split(": ")[-1] for message in messages}) > 20  # many kinds of fault

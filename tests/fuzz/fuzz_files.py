@@ -9,7 +9,7 @@ new inputs over, minimised: tests/fuzz/fuzz_files.py -set_cover_merge=1 tests/fu
 
 An input's first byte says which file it is: c a checkpoint (the index up to its magic number, then the data), C the
 same with its checksums made right, h hparams.json, e encoder.json, m vocab.bpe. Only a ValueError that names the file
-may come out, within MAX_SECONDS and MAX_GROWTH of memory. tests/checkpoints/test_hostile_files.py replays the kept
+may come out, within MAX_SECONDS and MAX_GROWTH of memory. tests/checkpoints/test_fuzzing.py replays the kept
 inputs through `check`, without atheris.
 """
 
