@@ -6,6 +6,7 @@ them. Here is which files make up OpenAI's and what makes them right. python uti
 
 import contextlib
 import functools
+import glob
 import hashlib
 import importlib.util
 import json
@@ -64,7 +65,8 @@ def check_file(model_size: str, name: str, path: str, folder: str) -> None:
     elif name == INDEX:
         read_index(path)
     elif name == DATA:
-        verify_checkpoint(os.path.join(folder, CHECKPOINT), path)
+        is_named = path == os.path.join(folder, DATA)  # else it was just downloaded
+        verify_checkpoint(os.path.join(folder, CHECKPOINT), None if is_named else path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ def check_files(folder: str) -> None:
     the model's. A link to the whole folder is the user's own.
     """
     home = os.path.realpath(folder)
-    for name in MODEL_FILES:
+    for name in files_of(folder):
         path = os.path.join(folder, name)
         real = os.path.realpath(path)
         status = os.stat(path)
@@ -128,7 +130,7 @@ def models_in(models_dir: str) -> list[str]:
     return [
         name
         for name, kind in kinds.items()
-        if kind and (kind != "openai" or os.path.exists(os.path.join(models_dir, name, DATA)))
+        if kind and (kind != "openai" or os.path.exists(os.path.join(models_dir, name, INDEX)))
     ]
 
 
@@ -137,8 +139,14 @@ def need_crc32c(model_size: str) -> None:
         raise ValueError(f"verifying the weights of {model_size} needs google-crc32c; pip install google-crc32c")
 
 
+def files_of(folder: str) -> list[str]:
+    """The files of a model, there or not. Its weights may lie in several shards."""
+    shards = glob.glob(data_path(CHECKPOINT, "?" * 5, "?" * 5), root_dir=folder)
+    return [name for name in MODEL_FILES if name != DATA] + (sorted(shards) or [DATA])
+
+
 def missing_files(folder: str) -> list[str]:
-    return [name for name in MODEL_FILES if not os.path.exists(os.path.join(folder, name))]
+    return [name for name in files_of(folder) if not os.path.exists(os.path.join(folder, name))]
 
 
 def download_model(model_size: str, models_dir: str) -> None:

@@ -1,176 +1,73 @@
 """OpenAI's TensorFlow checkpoints, mapped into memory without TensorFlow.
 
-A checkpoint ("tensor bundle") is two files. PREFIX.index is a small LevelDB table from variable names to
+A checkpoint ("tensor bundle") is two files. PREFIX.index is a small table (table.py) from variable names to
 BundleEntryProto messages: dtype, shape, offset, size and checksum. PREFIX.data-00000-of-00001 is the tensors
 themselves, one after another. The data file is mapped and each variable is a view of it, so opening costs no more
 than reading the index, and the pages of weights are read when they are first used.
 
-Follows tensorflow/core/protobuf/tensor_bundle.proto and tensorflow/core/lib/io/table_format.txt. What cannot be
-mapped (several shards, dtypes other than float32) is left to TensorFlow itself.
+Follows tensorflow/core/protobuf/tensor_bundle.proto. Other checkpoints of TensorFlow are read too: several data files
+(shards), variables saved in slices, other numbers, which become float32 where they are floats. Left out: strings.
 """
 
 import math
 import mmap
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from checkpoints import DOWNLOAD_AGAIN
+from checkpoints.table import Damaged, mask_crc32c, message_fields, of_kind, single, table_entries
 
 BUNDLE_KEY = b""  # the table's first key holds the BundleHeaderProto
-DT_FLOAT, DT_STRING, LITTLE_ENDIAN = 1, 7, 0
-# Bytes of one number by dtype (tensorflow/core/framework/types.proto): the floats, integers and booleans.
-ITEM_SIZES = {DT_FLOAT: 4, 2: 8, 3: 4, 4: 1, 5: 2, 6: 1, 9: 8, 10: 1, 14: 2, 17: 2, 19: 2, 22: 4, 23: 8}
-# What a file that means harm could ask for without end. 1558M's index has 20 kB, names of 25 bytes, 1 to 3 dimensions.
-MAX_INDEX_SIZE, MAX_NAME, MAX_DIMS = 1 << 20, 512, 8
+BYTE_ORDERS = "<>"  # by its number in the header
+# What the numbers are by dtype (tensorflow/core/framework/types.proto). Quantised ones are integers; 24 to 33, of 8
+# bits and less, are bytes here: NumPy has none of them.
+BFLOAT16, DT_STRING, DT_VARIANT = 14, 7, 21
+DTYPES = {1: "f4", 2: "f8", 3: "i4", 4: "u1", 5: "i2", 6: "i1", 8: "c8", 9: "i8", 10: "?", 11: "i1", 12: "u1", 13: "i4"}
+DTYPES |= {BFLOAT16: "u2", 15: "i2", 16: "u2", 17: "u2", 18: "c16", 19: "f2", 22: "u4", 23: "u8"}
+DTYPES |= dict.fromkeys(range(24, 34), "u1")
+# What a file that means harm could ask for without end. 1558M's index has 20 kB and 1 to 3 dimensions.
+MAX_INDEX_SIZE, MAX_DIMS = 1 << 20, 8
 
 # ----------------------------------------------------------------------------------------------------------------------
-# crc32c, as TensorFlow stores it
+# The index
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def crc32c_table() -> list[int]:
-    table = list(range(256))
-    for _ in range(8):
-        table = [(c >> 1) ^ (0x82F63B78 if c & 1 else 0) for c in table]  # Castagnoli's polynomial, bits reversed
-    return table
+def ordered(number: int) -> bytes:
+    """A signed number in a slice's key: bytes that sort as the numbers do (WriteSignedNumIncreasing)."""
+    n = next(n for n in range(1, 11) if -1 << (7 * n - 1) <= number < 1 << (7 * n - 1))
+    return ((((1 << n) - 1) << (7 * n)) ^ (number % (1 << (8 * n)))).to_bytes(n, "big")
 
 
-CRC32C_TABLE = crc32c_table()
+@dataclass(slots=True)
+class Slice:
+    """A part of a variable, TensorSliceProto: where it starts and how long it is in each dimension, -1 to the end."""
 
+    extents: list[tuple[int, int]]
 
-def crc32c(data: bytes) -> int:
-    """The checksum of a few kilobytes of index. Tensors go through google-crc32c, which reading does not need."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = CRC32C_TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    return crc ^ 0xFFFFFFFF
+    @staticmethod
+    def parse(message: bytes) -> "Slice":
+        extents = [message_fields(of_kind(extent, bytes)) for extent in message_fields(message).get(1, [])]
+        if len(extents) > MAX_DIMS:
+            raise Damaged(f"a slice of {len(extents)} dimensions, expected {MAX_DIMS} at most")
+        return Slice([(single(e, 1, int), single(e, 2, int) if 2 in e else -1) for e in extents])
 
+    def region(self) -> tuple[slice, ...]:
+        return tuple(slice(start, None if length < 0 else start + length) for start, length in self.extents)
 
-def mask_crc32c(crc: int) -> int:
-    """Checksums are stored rotated by 15 bits plus a constant (tensorflow/core/lib/hash/crc32c.h)."""
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The index: a LevelDB table of protocol buffers
-# ----------------------------------------------------------------------------------------------------------------------
-
-TABLE_MAGIC = 0xDB4775248B80FB57
-FOOTER_SIZE = 48
-BLOCK_TRAILER_SIZE = 5  # compression type and masked crc32c
-
-
-class Damaged(Exception):
-    """Bytes that are not what the format says; callers add the file's name."""
-
-
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """(value, position after it) of a base-128 number of at most 64 bits."""
-    value = shift = 0
-    while at < len(data) and shift < 64:
-        value |= (data[at] & 0x7F) << shift
-        shift += 7
-        at += 1
-        if data[at - 1] < 0x80:
-            return value, at
-    raise Damaged(f"a number that does not end at byte {at}")
-
-
-def take(data: bytes, at: int, size: int) -> tuple[bytes, int]:
-    if at + size > len(data):
-        raise Damaged(f"{size} bytes wanted at byte {at} of {len(data)}")
-    return data[at : at + size], at + size
-
-
-def read_block(table: bytes, handle: bytes, start: int = 0) -> tuple[bytes, int]:
-    """(entries, end) of the block that `handle` (offset, size) points to, from `start` on, its checksum verified."""
-    offset, at = read_varint(handle, 0)
-    size, _ = read_varint(handle, at)
-    if offset < start:
-        raise Damaged(f"block at byte {offset} begins within the one before, which ends at {start}")
-    block, at = take(table, offset, size)
-    trailer, _ = take(table, at, BLOCK_TRAILER_SIZE)
-    expected, found = int.from_bytes(trailer[1:], "little"), mask_crc32c(crc32c(block + trailer[:1]))
-    if expected != found:
-        raise Damaged(f"block at byte {offset} has checksum {found:#010x}, expected {expected:#010x}")
-    if trailer[0] != 0:
-        raise Damaged(f"block at byte {offset} is compressed (type {trailer[0]}), which no TensorFlow checkpoint is")
-    n_restarts = int.from_bytes(block[-4:], "little")
-    entries_size = len(block) - 4 - 4 * n_restarts
-    if entries_size < 0:
-        raise Damaged(f"block at byte {offset} has {n_restarts} restart points in {len(block)} bytes")
-    return block[:entries_size], at + BLOCK_TRAILER_SIZE
-
-
-def block_entries(block: bytes):
-    """Yield (key, value); each key leaves out what it shares with the one before."""
-    at, key = 0, b""
-    while at < len(block):
-        n_shared, at = read_varint(block, at)
-        n_key, at = read_varint(block, at)
-        n_value, at = read_varint(block, at)
-        if n_shared > len(key):
-            raise Damaged(f"a key shares {n_shared} bytes with one of {len(key)}")
-        if n_shared + n_key > MAX_NAME:
-            raise Damaged(f"a key of {n_shared + n_key} bytes, expected {MAX_NAME} at most")
-        suffix, at = take(block, at, n_key)
-        value, at = take(block, at, n_value)
-        key = key[:n_shared] + suffix
-        yield key, value
-
-
-def table_entries(table: bytes):
-    """Yield (key, value) of a whole LevelDB table."""
-    if len(table) < FOOTER_SIZE:
-        raise Damaged(f"{len(table)} bytes, expected a TensorFlow index of {FOOTER_SIZE} or more")
-    footer = table[-FOOTER_SIZE:]
-    magic = int.from_bytes(footer[-8:], "little")
-    if magic != TABLE_MAGIC:
-        raise Damaged(f"ends in {magic:#018x}, expected a TensorFlow index, which ends in {TABLE_MAGIC:#018x}")
-    read_block(table, footer)  # the meta-index, empty in a bundle
-    _, at = read_varint(footer, 0)
-    _, at = read_varint(footer, at)
-    index, _ = read_block(table, footer[at:])
-    end = 0
-    for _, handle in block_entries(index):
-        block, end = read_block(table, handle, end)  # each after the last: read again and again, one could take hours
-        yield from block_entries(block)
-
-
-def message_fields(message: bytes) -> dict[int, list]:
-    """Field number -> values of a protocol buffer message: int for numbers, bytes for the rest, undecoded."""
-    fields: dict[int, list] = {}
-    at = 0
-    while at < len(message):
-        tag, at = read_varint(message, at)
-        wire_type = tag & 7
-        if wire_type == 0:
-            value, at = read_varint(message, at)
-        elif wire_type == 2:
-            size, at = read_varint(message, at)
-            value, at = take(message, at, size)
-        elif wire_type in (1, 5):
-            raw, at = take(message, at, 8 if wire_type == 1 else 4)
-            value = int.from_bytes(raw, "little")
-        else:
-            raise Damaged(f"a message field of unknown wire type {wire_type}")
-        fields.setdefault(tag >> 3, []).append(value)
-    return fields
-
-
-def single(fields: dict[int, list], number: int, kind: type):
-    """The last value of a field, as protocol buffers have it; 0 or b"" where it is absent."""
-    value = fields.get(number, [kind()])[-1]
-    if not isinstance(value, kind):
-        raise Damaged(f"message field {number} is no {kind.__name__}")
-    return value
+    def key(self, name: str) -> str:
+        """Under which the index has the slice's own entry (tensorflow/core/util/saved_tensor_slice_util.cc)."""
+        numbers = b"".join(ordered(n) for extent in self.extents for n in extent)
+        escaped = name.encode().replace(b"\0", b"\0\xff")
+        return key_name(b"\0" + escaped + b"\0\1" + b"\1" + bytes([len(self.extents)]) + numbers)
 
 
 @dataclass(slots=True)
 class Entry:
-    """Where one variable lies: BundleEntryProto."""
+    """Where one variable, or a slice of one, lies: BundleEntryProto. A variable in slices has no bytes of its own."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -178,29 +75,43 @@ class Entry:
     offset: int
     size: int
     masked_crc32c: int
-    is_sliced: bool
+    slices: list[Slice] = field(default_factory=list)
 
     @staticmethod
     def parse(message: bytes) -> "Entry":
         fields = message_fields(message)
-        shape = []
-        for dim in message_fields(single(fields, 2, bytes)).get(2, []):
-            if not isinstance(dim, bytes):
-                raise Damaged("a shape whose dimension is no message")
-            shape.append(single(message_fields(dim), 1, int))
+        dims = [message_fields(of_kind(dim, bytes)) for dim in message_fields(single(fields, 2, bytes)).get(2, [])]
+        slices = [Slice.parse(of_kind(part, bytes)) for part in fields.get(7, [])]
         dtype, shard, offset, size, crc = (single(fields, number, int) for number in (1, 3, 4, 5, 6))
-        return Entry(dtype, tuple(shape), shard, offset, size, crc, is_sliced=7 in fields)
+        return Entry(dtype, tuple(single(dim, 1, int) for dim in dims), shard, offset, size, crc, slices)
 
-    def is_as_large_as_its_shape(self) -> bool:
-        if len(self.shape) > MAX_DIMS or not self.size:  # the product of a million dimensions takes minutes
+    def is_stored(self) -> bool:
+        """Whether it is numbers in one piece."""
+        return self.dtype in DTYPES and not self.slices
+
+    def fits(self, size: int) -> bool:
+        """Whether so many bytes hold this shape and dtype."""
+        if len(self.shape) > MAX_DIMS:  # the product of a million dimensions takes minutes
             return False
-        if self.dtype == DT_STRING:  # a byte or more each
-            return math.prod(self.shape) <= self.size
-        return self.size == ITEM_SIZES.get(self.dtype, 0) * math.prod(self.shape)
+        if self.dtype in (DT_STRING, DT_VARIANT):  # a byte or more each
+            return math.prod(self.shape) <= size
+        return self.dtype in DTYPES and size == np.dtype(DTYPES[self.dtype]).itemsize * math.prod(self.shape)
 
 
-def read_index(path: str) -> tuple[int, int, dict[str, Entry]]:
-    """(number of shards, byte order, entries by variable name) of an index file. ValueError: it is damaged."""
+def key_name(key: bytes) -> str:
+    """A key as text; those of slices begin with NUL and are none."""
+    return key.decode("utf-8", "surrogateescape" if key.startswith(b"\0") else "strict")
+
+
+def is_slice(name: str) -> bool:
+    return name.startswith("\0")
+
+
+def read_index(path: str) -> tuple[int, str, dict[str, Entry]]:
+    """(number of shards, "<" or ">" for the byte order, entries by name) of an index file. ValueError: it is damaged.
+
+    Among the names are those of slices, see `is_slice`.
+    """
     with open(path, "rb") as f:
         table = f.read(MAX_INDEX_SIZE + 1)
     try:
@@ -213,11 +124,14 @@ def read_index(path: str) -> tuple[int, int, dict[str, Entry]]:
         fields = message_fields(header)
         entries: dict[str, Entry] = {}
         for key, value in variables:
-            name = key.decode("utf-8")
+            name = key_name(key)
             if name in entries:
                 raise Damaged(f"two entries named {name}")
             entries[name] = Entry.parse(value)
-        return single(fields, 1, int), single(fields, 2, int), entries
+        order = single(fields, 2, int)
+        if order >= len(BYTE_ORDERS):
+            raise Damaged(f"byte order {order}")
+        return single(fields, 1, int), BYTE_ORDERS[order], entries
     except (Damaged, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is damaged or no TensorFlow index: {e}; {DOWNLOAD_AGAIN}") from e
 
@@ -231,16 +145,10 @@ def data_path(prefix: str, shard: int = 0, n_shards: int = 1) -> str:
     return f"{prefix}.data-{shard:05}-of-{n_shards:05}"
 
 
-def why_not_mappable(n_shards: int, byte_order: int, entries: dict[str, Entry]) -> str | None:
-    """What only TensorFlow can read, in words; None for OpenAI's files."""
-    if n_shards != 1:
-        return f"{n_shards} shards"
-    if byte_order != LITTLE_ENDIAN:
-        return "big-endian numbers"
-    for name, entry in entries.items():
-        if entry.dtype != DT_FLOAT or entry.is_sliced:
-            return f"{name} as {'slices' if entry.is_sliced else f'dtype {entry.dtype}'}, not float32"
-    return None
+def size_of(name: str, entry: Entry, entries: dict[str, Entry]) -> int:
+    """The bytes of a variable, or of all its slices together."""
+    keys = {part.key(name) for part in entry.slices}
+    return sum(entries[key].size for key in keys if key in entries) if keys else entry.size
 
 
 def check_layout(prefix: str, n_shards: int, entries: dict[str, Entry], path: str | None = None) -> None:
@@ -249,21 +157,24 @@ def check_layout(prefix: str, n_shards: int, entries: dict[str, Entry], path: st
     `path` is the one data file where it does not bear its final name yet.
     """
     index_path = prefix + ".index"
-    if not entries:
-        raise ValueError(f"{index_path} names no variables, expected a model's; {DOWNLOAD_AGAIN}")
     ends: dict[int, int] = {}
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)):
-        if not entry.is_as_large_as_its_shape() or entry.shard >= n_shards:
+        size = size_of(name, entry, entries)
+        if not entry.fits(size) or entry.shard >= n_shards:
             raise ValueError(
-                f"{index_path}: {name} has {entry.size} bytes in shard {entry.shard}, expected those of shape "
+                f"{index_path}: {name} has {size} bytes in shard {entry.shard}, expected those of shape "
                 f"{list(entry.shape[:MAX_DIMS])} and dtype {entry.dtype} in one of {n_shards}; {DOWNLOAD_AGAIN}"
             )
+        if entry.slices:
+            continue
         end = ends.get(entry.shard, 0)
         if entry.offset < end:
             raise ValueError(
                 f"{index_path}: {name} begins at byte {entry.offset}, expected {end} or later; {DOWNLOAD_AGAIN}"
             )
         ends[entry.shard] = entry.offset + entry.size
+    if not any(ends.values()):
+        raise ValueError(f"{index_path} names no variables that hold a number, expected a model's; {DOWNLOAD_AGAIN}")
     for shard, end in ends.items():
         shard_path = path or data_path(prefix, shard, n_shards)
         if n_shards > 1 and not os.path.exists(shard_path):
@@ -273,69 +184,98 @@ def check_layout(prefix: str, n_shards: int, entries: dict[str, Entry], path: st
             raise ValueError(f"{shard_path} has {size} bytes, expected {end} as its index says; {DOWNLOAD_AGAIN}")
 
 
+def mapped(path: str) -> mmap.mmap | bytes:
+    with open(path, "rb") as f:
+        is_empty = not os.fstat(f.fileno()).st_size
+        return b"" if is_empty else mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def kind_read(dtype: int) -> np.dtype:
+    """What numbers of a dtype are once they are read: floats are float32."""
+    return np.dtype("f4" if dtype == BFLOAT16 or DTYPES[dtype].startswith("f") else DTYPES[dtype])
+
+
+def stored(entry: Entry, data: mmap.mmap | bytes, order: str) -> np.ndarray:
+    """The numbers of an entry: a view of the file if they are float32 already."""
+    kind = order + DTYPES[entry.dtype]
+    array = np.frombuffer(data, kind, math.prod(entry.shape), entry.offset) if entry.size else np.empty(0, kind)
+    if entry.dtype == BFLOAT16:  # the upper half of a float32
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):  # an infinite number is reported when it is used
+        array = array.astype(kind_read(entry.dtype), copy=not array.flags.aligned)
+    return array.reshape(entry.shape)
+
+
+def joined(name: str, entry: Entry, arrays: dict[str, np.ndarray], prefix: str) -> np.ndarray:
+    """A variable of its slices, which are in `arrays` too. ValueError: they are not all of it."""
+    whole, is_filled = np.zeros(entry.shape, kind_read(entry.dtype)), np.zeros(entry.shape, bool)
+    for part in entry.slices:
+        region, array = part.region(), arrays.get(part.key(name))
+        if (
+            array is None
+            or len(region) != whole.ndim
+            or (whole[region].shape, whole.dtype) != (array.shape, array.dtype)
+        ):
+            break
+        whole[region], is_filled[region] = array, True
+    if not is_filled.all():
+        raise ValueError(f"{prefix}.index: the slices of {name} are not all of it; {DOWNLOAD_AGAIN}")
+    return whole
+
+
 def read_checkpoint(prefix: str) -> dict[str, np.ndarray]:
     """The variables of PREFIX.index and PREFIX.data-00000-of-00001 by name, float32[shape] each.
 
-    They are read-only views of the mapped file, which must not be changed while they are in use. A checkpoint that
-    cannot be mapped is read through TensorFlow, into memory, where that is installed.
+    They are read-only views of the mapped file, which must not be changed while they are in use. Of other checkpoints
+    what is no float32, or in slices, is copied into memory; integers and complex numbers stay what they are.
 
-    FileNotFoundError: a file is missing. ValueError: one is damaged, or needs TensorFlow.
+    FileNotFoundError: a file is missing. ValueError: one is damaged.
     """
-    n_shards, byte_order, entries = read_index(prefix + ".index")
+    n_shards, order, entries = read_index(prefix + ".index")
     check_layout(prefix, n_shards, entries)
-    if reason := why_not_mappable(n_shards, byte_order, entries):
-        numbers = [name for name, entry in entries.items() if entry.dtype != DT_STRING]
-        return read_with_tensorflow(prefix, numbers, reason)
-    with open(data_path(prefix), "rb") as f:
-        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    return {
-        name: np.frombuffer(mapped, "<f4", math.prod(entry.shape), entry.offset).reshape(entry.shape)
-        for name, entry in entries.items()
-    }
+    files: dict[int, mmap.mmap | bytes] = {}
+    arrays = {}
+    for name, entry in entries.items():
+        if entry.is_stored():
+            if entry.shard not in files:
+                files[entry.shard] = mapped(data_path(prefix, entry.shard, n_shards))
+            arrays[name] = stored(entry, files[entry.shard], order)
+    for name, entry in entries.items():
+        if entry.slices and entry.dtype in DTYPES:
+            arrays[name] = joined(name, entry, arrays, prefix)
+    return {name: array for name, array in arrays.items() if not is_slice(name)}
 
 
-def read_with_tensorflow(prefix: str, names: list[str], reason: str) -> dict[str, np.ndarray]:
-    """Variables of any checkpoint that TensorFlow can read; floating-point ones become float32."""
-    try:
-        import tensorflow as tf  # needed for foreign checkpoints only, and takes seconds to import
-    except ImportError as e:
-        raise ValueError(
-            f"{prefix}.index has {reason}: it cannot be mapped, and reading it needs TensorFlow; pip install tensorflow"
-        ) from e
-    try:
-        reader = tf.train.load_checkpoint(prefix)
-        arrays = {name: reader.get_tensor(name) for name in names}
-    except (tf.errors.OpError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{prefix}: TensorFlow cannot read it: {str(e).splitlines()[0]}; {DOWNLOAD_AGAIN}") from e
-    floats = {name for name, dtype in reader.get_variable_to_dtype_map().items() if dtype.is_floating}
-    return {name: array.astype(np.float32) if name in floats else array for name, array in arrays.items()}
+def chunks_of(path: str, offset: int, size: int) -> Iterator[bytes]:
+    with open(path, "rb") as f:
+        f.seek(offset)
+        while size and (chunk := f.read(min(size, 1 << 20))):
+            size -= len(chunk)
+            yield chunk
 
 
 def verify_checkpoint(prefix: str, path: str | None = None) -> None:
-    """Compare every tensor's checksum with the index, with a progress bar on stderr.
+    """Compare every tensor's checksum with the index, with a progress bar on stderr; those of strings are left out.
 
-    `path` is the data file where it does not bear its final name yet. ValueError: the first tensor that differs, or
-    a checkpoint of several shards or other dtypes.
+    `path` is the one data file where it does not bear its final name yet. ValueError: the first tensor that differs.
     """
     import google_crc32c  # a C library at the speed of memory; reading does not need it
     from tqdm import tqdm
 
-    path = path or data_path(prefix)
-    n_shards, byte_order, entries = read_index(prefix + ".index")
-    if reason := why_not_mappable(n_shards, byte_order, entries):
-        raise ValueError(f"{prefix}.index has {reason}: its checksums cannot be compared; convert it to float32")
+    n_shards, _, entries = read_index(prefix + ".index")
+    if path and n_shards != 1:
+        raise ValueError(f"{prefix}.index has {n_shards} shards, expected one; {DOWNLOAD_AGAIN}")
     check_layout(prefix, n_shards, entries, path)
-    total = sum(entry.size for entry in entries.values())
-    with open(path, "rb") as f, tqdm(total=total, unit="B", unit_scale=True, desc="verify", leave=False) as bar:
-        for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
-            f.seek(entry.offset)
-            crc, n_left = 0, entry.size
-            while n_left and (chunk := f.read(min(n_left, 1 << 20))):
+    tensors = [item for item in entries.items() if item[1].is_stored()]
+    total = sum(entry.size for _, entry in tensors)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", leave=False) as bar:
+        for name, entry in sorted(tensors, key=lambda item: (item[1].shard, item[1].offset)):
+            shard_path, crc = path or data_path(prefix, entry.shard, n_shards), 0
+            for chunk in chunks_of(shard_path, entry.offset, entry.size):
                 crc = google_crc32c.extend(crc, chunk)
-                n_left -= len(chunk)
                 bar.update(len(chunk))
             if mask_crc32c(crc) != entry.masked_crc32c:
                 raise ValueError(
-                    f"{path}: {name} has checksum {mask_crc32c(crc):#010x}, "
+                    f"{shard_path}: {name} has checksum {mask_crc32c(crc):#010x}, "
                     f"expected {entry.masked_crc32c:#010x}; {DOWNLOAD_AGAIN}"
                 )

@@ -2,21 +2,12 @@
 
 from itertools import islice
 
-from checkpoints import tensorflow
-from checkpoints.tensorflow import (
-    Damaged,
-    Entry,
-    block_entries,
-    crc32c,
-    data_path,
-    mask_crc32c,
-    read_index,
-    read_varint,
-)
+from checkpoints.table import FOOTER_SIZE, TABLE_MAGIC, Damaged, block_entries, crc32c, mask_crc32c, read_varint
+from checkpoints.tensorflow import Entry, data_path, read_index
 
 HEADER = b"\x08\x01\x1a\x02\x08\x01"  # one shard, little-endian, version 1
 HPARAMS = {"n_vocab": 3, "n_ctx": 2, "n_embd": 2, "n_head": 1, "n_layer": 1}
-MAGIC = tensorflow.TABLE_MAGIC.to_bytes(8, "little")
+MAGIC = TABLE_MAGIC.to_bytes(8, "little")
 
 
 def varint(value):
@@ -40,11 +31,17 @@ def table_entry(key, value, n_shared=0):
     return varint(n_shared) + varint(len(key)) + varint(len(value)) + key + value
 
 
+def slice_message(part):
+    extents = [b"\x08" + varint(start) + (b"\x10" + varint(n) if n >= 0 else b"") for start, n in part.extents]
+    return b"".join(b"\x0a" + varint(len(extent)) + extent for extent in extents)
+
+
 def entry_message(entry):
     shape = b"".join(b"\x12" + varint(len(b"\x08" + varint(n))) + b"\x08" + varint(n) for n in entry.shape)
     message = b"\x08" + varint(entry.dtype) + b"\x12" + varint(len(shape)) + shape
     message += b"\x18" + varint(entry.shard) + b"\x20" + varint(entry.offset) + b"\x28" + varint(entry.size)
-    return message + b"\x35" + entry.masked_crc32c.to_bytes(4, "little")
+    message += b"\x35" + entry.masked_crc32c.to_bytes(4, "little")
+    return message + b"".join(b"\x3a" + varint(len(part)) + part for part in map(slice_message, entry.slices))
 
 
 def table(data_blocks, handles=None):
@@ -63,7 +60,9 @@ def table(data_blocks, handles=None):
 
 def index_of(entries):
     """The index file of variables, `entries` by name as read_index gives them."""
-    variables = [table_entry(name.encode(), entry_message(entry)) for name, entry in entries.items()]
+    variables = [
+        table_entry(name.encode("utf-8", "surrogateescape"), entry_message(entry)) for name, entry in entries.items()
+    ]
     return table([table_entry(b"", HEADER) + b"".join(variables)])
 
 
@@ -73,7 +72,7 @@ def write_bundle(prefix, variables):
     for name, array in sorted(variables.items()):
         content = array.tobytes()
         masked = int.from_bytes(checksum(content), "little")
-        entries[name] = Entry(1, array.shape, 0, len(data), len(content), masked, False)
+        entries[name] = Entry(1, array.shape, 0, len(data), len(content), masked)
         data += content
     with open(prefix + ".index", "wb") as f:
         f.write(index_of(entries))
@@ -94,7 +93,7 @@ def with_right_checksums(index):
         return bytes(content[offset : offset + size]), at
 
     try:
-        footer = bytes(content[-tensorflow.FOOTER_SIZE :])
+        footer = bytes(content[-FOOTER_SIZE:])
         _, at = mend(footer)
         entries, _ = mend(footer[at:])
         n_restarts = int.from_bytes(entries[-4:], "little")

@@ -11,7 +11,8 @@ from helpers import MODELS, random_variables, run
 
 import gpt2
 import utils
-from checkpoints.tensorflow import data_path, mask_crc32c, read_index
+from checkpoints.table import mask_crc32c
+from checkpoints.tensorflow import data_path, read_index
 from checkpoints.weights import nest_params
 from decoding.sampling import make_sampler
 from utils import load_encoder_hparams_and_params, read_hparams

@@ -9,7 +9,7 @@ new inputs over, minimised: tests/fuzz/fuzz_files.py -set_cover_merge=1 tests/fu
 
 An input's first byte says which file it is: c a checkpoint (the index up to its magic number, then the data), C the
 same with its checksums made right, h hparams.json, e encoder.json, m vocab.bpe. Only a ValueError that names the file
-may come out, within MAX_SECONDS and MAX_GROWTH of memory. tests/checkpoints/test_hostile_files.py replays the kept
+may come out, within MAX_SECONDS and MAX_GROWTH of memory. tests/checkpoints/test_fuzzing.py replays the kept
 inputs through `check`, without atheris.
 """
 
@@ -21,13 +21,13 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+READING = ["checkpoints", "encoder", "utils"]  # the modules whose coverage guides the search
 
 if __name__ == "__main__":
     import atheris  # only a run by hand needs it
 
     os.environ["TQDM_DISABLE"] = "1"  # the progress bar of a file of a hundred bytes
-    sys.modules["tensorflow"] = None  # foreign checkpoints end where TensorFlow would begin
-    with atheris.instrument_imports(include=["checkpoint", "encoder", "utils"]):
+    with atheris.instrument_imports(include=READING):
         import encoder
         import utils
         from checkpoints import tensorflow
@@ -66,7 +66,7 @@ def read_model(content: bytes, mended: bool) -> None:
     except ValueError as e:
         assert FOLDER.name + os.sep in str(e)
     arrays = tensorflow.read_checkpoint(prefix)
-    assert 0 < sum(array.nbytes for array in arrays.values()) <= len(data)
+    assert sum(array.nbytes for array in arrays.values()) <= 2 * len(data)  # halves become float32
     for array in arrays.values():
         array.tobytes()  # every byte can be read
     utils.nest_params(arrays, HPARAMS, prefix)
