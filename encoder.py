@@ -93,7 +93,7 @@ class Encoder:
             text.encode()
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if self.adds_space and text and not text[0].isspace():
+        if self.adds_space and text and not text.startswith(" "):
             text = " " + text
         return list(chain.from_iterable(map(self._word_ids, WORDS.findall(text))))
 
