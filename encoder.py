@@ -2,7 +2,8 @@
 
 Follows openai/gpt-2's src/encoder.py. Text is split into words by a regular expression, each word is written as
 UTF-8 bytes, each byte stands for one printable character, and neighbouring characters are merged in the order of
-vocab.bpe until no merge applies. encoder.json gives the pieces their ids.
+vocab.bpe until no merge applies. encoder.json gives the pieces their ids. The characters of nanoGPT's character-level
+models stand for themselves.
 
 Left out: training a vocabulary (tools/train_demo.py).
 """
@@ -162,6 +163,26 @@ class Encoder:
                 if after[left] < len(parts):
                     offer(left, after[left])
         return tuple(self.token_ids[part] for part in parts if part is not None)
+
+
+class CharacterEncoder(Encoder):
+    """A vocabulary of single characters, which nanoGPT's character-level models have: no words, bytes or merges."""
+
+    def __init__(self, token_ids: dict[str, int]):
+        super().__init__(token_ids, {}, added={}, start_id=token_ids.get("\n"))  # as nanoGPT's sample.py begins
+        self.added = token_ids  # decoded as they are, not from the byte alphabet
+
+    def __reduce__(self):
+        return CharacterEncoder, (self.token_ids,)
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """The id of each character; none is special. ValueError: one is not in the vocabulary."""
+        if foreign := set(text) - self.token_ids.keys():
+            raise ValueError(
+                f"the characters {sorted(foreign)[:5]} are not among the {self.n_vocab} of this model's vocabulary; "
+                "leave them out"
+            )
+        return [self.token_ids[c] for c in text]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,16 @@ from helpers import MODELS, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder import BYTE_TO_CHAR, END_OF_TEXT, WORDS, Encoder, get_encoder, read_merge_ranks, read_token_ids
+from encoder import (
+    BYTE_TO_CHAR,
+    END_OF_TEXT,
+    WORDS,
+    CharacterEncoder,
+    Encoder,
+    get_encoder,
+    read_merge_ranks,
+    read_token_ids,
+)
 
 with open(os.path.join(ROOT, "tests", "goldens", "gpt2_tokens.json"), encoding="utf-8") as f:
     GOLDENS = json.load(f)
@@ -239,3 +248,50 @@ def test_an_encoder_can_be_pickled():
     encoder.encode("to be or not to be")
     copy = pickle.loads(pickle.dumps(encoder))
     assert copy.encode("to be or not to be") == encoder.encode("to be or not to be") and copy.eot_id == encoder.eot_id
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Vocabularies of characters
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHARACTERS = "\n !'abc日é🙂<|endoftx>"
+
+
+@pytest.fixture
+def characters():
+    return CharacterEncoder({c: i for i, c in enumerate(CHARACTERS)})
+
+
+@given(st.text(st.sampled_from(CHARACTERS)))
+def test_every_text_of_its_characters_survives(text):
+    characters = CharacterEncoder({c: i for i, c in enumerate(CHARACTERS)})
+    ids = characters.encode(text)
+    assert ids == [CHARACTERS.index(c) for c in text] == characters.encode(text, allow_special=True)
+    assert characters.decode(ids) == "".join(characters.decode_stream(ids)) == text
+    assert b"".join(map(characters.token_bytes, ids)) == text.encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("zaz", "['z']"), ("a\x1b", r"['\x1b']"), ("\udc80", r"['\udc80']"), ("Ãé", "['Ã']"), ("日本", "['本']")],
+)
+def test_a_character_that_the_model_has_not_is_named(characters, text, named):
+    with pytest.raises(ValueError) as e:
+        characters.encode(text)
+    assert str(e.value).startswith(f"the characters {named} are not among the 20 of this model's vocabulary; ")
+
+
+def test_an_empty_prompt_of_characters_begins_with_a_line_end(characters):
+    assert characters.encode_prompt("") == [0] == characters.encode("\n") and characters.encode("") == []
+    assert characters.encode_prompt(END_OF_TEXT) == [CHARACTERS.index(c) for c in END_OF_TEXT]
+    assert CharacterEncoder({"a": 0}).encode_prompt("") == []
+
+
+def test_characters_are_what_other_vocabularies_are(characters):
+    assert characters.n_vocab == 20 and characters.merge_ranks == {} and characters.eot_id is None
+    assert characters.tokens == dict(enumerate(CHARACTERS)) and characters.eot_ids == ()
+    copy = pickle.loads(pickle.dumps(characters))
+    assert type(copy) is CharacterEncoder and copy.token_ids == characters.token_ids
+    assert copy.decode(copy.encode_prompt("abc日")) == "abc日" and copy.encode_prompt("") == [0]
+    with pytest.raises(ValueError, match=r"token id 20 is not in this vocabulary of 20 ids \(0 to 19\)"):
+        characters.decode([0, 20])

@@ -8,9 +8,9 @@ What it finds new goes to the first folder. An input that fails is kept as crash
 new inputs over, minimised: tests/fuzz/fuzz_files.py -set_cover_merge=1 tests/fuzz/corpus found
 
 An input's first byte says which file it is: c a checkpoint (the index up to its magic number, then the data), C the
-same with its checksums made right, h hparams.json, e encoder.json, m vocab.bpe. Only a ValueError that names the file
-may come out, within MAX_SECONDS and MAX_GROWTH of memory. tests/checkpoints/test_fuzzing.py replays the kept
-inputs through `check`, without atheris.
+same with its checksums made right, h hparams.json, e encoder.json, m vocab.bpe, n nanoGPT's ckpt.pt, N the data.pkl of
+one, k its meta.pkl. Only a ValueError that names the file may come out, within MAX_SECONDS and MAX_GROWTH of memory.
+tests/checkpoints/test_fuzzing.py replays the kept inputs through `check`, without atheris.
 """
 
 import os
@@ -30,12 +30,13 @@ if __name__ == "__main__":
     with atheris.instrument_imports(include=READING):
         import encoder
         import utils
-        from checkpoints import tensorflow
+        from checkpoints import nanogpt, tensorflow
 else:
     import encoder
     import utils
-    from checkpoints import tensorflow
+    from checkpoints import nanogpt, tensorflow
 
+import torchfiles  # noqa: E402
 from bundles import MAGIC, with_right_checksums  # noqa: E402
 
 MAX_SIZE = 8192  # bytes of an input
@@ -44,6 +45,7 @@ MAX_GROWTH = 64 << 20  # bytes of memory
 HPARAMS = {"n_vocab": 3, "n_ctx": 2, "n_embd": 2, "n_head": 1, "n_layer": 1}
 LETTERS = {c: b for b, c in encoder.BYTE_TO_CHAR.items()}
 TOKEN_IDS = LETTERS | {piece: 256 + i for i, piece in enumerate(["th", "the", "Ġa", "Ġthe", "ing", "in", "aa", "aaaa"])}
+NANOGPT = torchfiles.records_of(torchfiles.nanogpt_weights(HPARAMS, bias=False), torchfiles.model_args(HPARAMS, False))
 FOLDER = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
 
 
@@ -92,12 +94,35 @@ def read_merges(content: bytes) -> None:
     check_round_trip(TOKEN_IDS, encoder.read_merge_ranks(put(utils.MERGES, content), TOKEN_IDS))
 
 
+def read_nanogpt(content: bytes) -> None:
+    path = put("ckpt.pt", content)
+    hparams, variables = nanogpt.read_nanogpt(path)
+    assert all(variable.tobytes() for variable in variables.values())  # every byte can be read
+    utils.nest_params(variables, hparams, path)
+    nanogpt.verify_nanogpt(path)
+
+
+def read_pickle(content: bytes) -> None:
+    storages = {name: array for name, array in NANOGPT.items() if name != "data.pkl"}
+    read_nanogpt(torchfiles.archive({"data.pkl": content, **storages}))
+
+
+def read_meta(content: bytes) -> None:
+    ids = nanogpt.read_meta(put("meta.pkl", content))
+    text = "".join(ids)
+    characters = encoder.CharacterEncoder(ids)
+    assert characters.decode(characters.encode(text)) == text
+
+
 READERS = {
     b"c": lambda content: read_model(content, mended=False),
     b"C": lambda content: read_model(content, mended=True),
     b"h": read_hparams,
     b"e": read_token_ids,
     b"m": read_merges,
+    b"n": read_nanogpt,
+    b"N": read_pickle,
+    b"k": read_meta,
 }
 
 
