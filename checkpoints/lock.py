@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 
 from checkpoints.download import STALE_S, size_of
@@ -17,7 +16,10 @@ def lock(path: str, folder: str) -> Iterator[bool]:
     except ImportError:
         yield False
         return
-    held = filelock.FileLock(path)
+    held = filelock.FileLock(path, fallback_to_soft=False)  # a file that outlives a killed holder is no lock
+    if isinstance(held, filelock.SoftFileLock):  # on systems without locks
+        yield False
+        return
     try:
         yield acquire(held, folder)
     finally:
@@ -31,18 +33,12 @@ def acquire(held, folder: str) -> bool:
     timeout, before = 0, None
     while True:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # filelock's own, when it turns into a SoftFileLock
-                held.acquire(timeout=timeout, poll_interval=0.1)
+            held.acquire(timeout=timeout, poll_interval=0.1)
+            return True
         except filelock.Timeout:
             now = sizes(folder)
         except (OSError, NotImplementedError):
             return False
-        else:
-            now = None
-        if now is None or isinstance(held, filelock.SoftFileLock):
-            # A soft lock is no lock: it is a file that outlives a killed holder.
-            return not isinstance(held, filelock.SoftFileLock)
         if now == before:
             print(f"{folder}: no progress for {STALE_S} s; going on without waiting", file=sys.stderr)
             return False

@@ -14,19 +14,40 @@ import numpy as np
 
 from decoding.requests import check_length_penalty, check_request
 from decoding.sampling import check, is_whole, log_softmax
+from fast import check_memory
+
+N_ROWS = 16  # scored at once, in float64: all of 2000 beams would take gigabytes
 
 
-def likeliest(totals, n):  # [n_rows, n_vocab] -> up to n of (total, row, id), best first
-    flat = totals.ravel()
-    best = np.argpartition(-flat, n)[:n] if n < flat.size else np.arange(flat.size)
-    best = best[np.lexsort((best, -flat[best]))]
-    return [(float(flat[i]), *(int(part) for part in divmod(i, totals.shape[1]))) for i in best]
+def scored(logits, totals):  # [n_rows, n_vocab], [n_rows] -> some rows after others, float64[..., n_vocab]
+    """The scores of all continuations by one token."""
+    for start in range(0, len(logits), N_ROWS):
+        rows = slice(start, start + N_ROWS)
+        yield log_softmax(logits[rows].astype(np.float64)) + np.array(totals[rows])[:, None]
+
+
+def likeliest(parts, n):  # rows after rows, [..., n_vocab] -> up to n of (total, row, id), best first
+    best, at, n_vocab, n_seen = np.empty(0), np.empty(0, int), 1, 0
+    for totals in parts:
+        best, n_vocab = np.concatenate([best, totals.ravel()]), totals.shape[1]
+        at, n_seen = np.concatenate([at, np.arange(n_seen, n_seen + totals.size)]), n_seen + totals.size
+        if n < best.size:
+            kept = np.argpartition(-best, n)[:n]
+            best, at = best[kept], at[kept]
+    order = np.lexsort((at, -best))
+    return [(float(best[i]), *(int(part) for part in divmod(at[i], n_vocab))) for i in order]
 
 
 def check_search(n_vocab: int, n_beam: int, length_penalty: float) -> None:
     is_beam = is_whole(n_beam) and 1 <= n_beam <= n_vocab
     check("n_beam", n_beam, is_beam, f"a whole number from 1 to {n_vocab}, the size of the vocabulary")
     check_length_penalty(length_penalty)
+
+
+def check_room(hparams: dict[str, int], n_beam: int, n_seq: int) -> None:
+    """MemoryError, before any work: more than there is for the keys, values and logits of so many beams."""
+    n_numbers = 2 * hparams["n_layer"] * hparams["n_embd"] * n_seq + hparams["n_vocab"]
+    check_memory(4 * n_beam * n_numbers, f"the keys, values and logits of {n_beam} beams")
 
 
 def beam_search(
@@ -42,10 +63,12 @@ def beam_search(
     One of `eot_ids` finishes it, as the last of its ids, which counts in its length, or `n_tokens` do. The search ends
     when the likeliest unfinished one, scored as if it ended now, is no better than any of `n_beam` finished
     ones. A length_penalty above 0 favours long ones, below 0 short ones, 0 compares bare probabilities.
-    ValueError: n_beam or length_penalty outside its range, or what generate refuses.
+    ValueError: n_beam or length_penalty outside its range, or what generate refuses. MemoryError: too many beams.
     """
     check_request(prompt_ids, n_tokens, model.hparams["n_ctx"])
     check_search(model.hparams["n_vocab"], n_beam, length_penalty)
+    if n_tokens > 1:
+        check_room(model.hparams, n_beam, len(prompt_ids) + n_tokens)
     cache = model.new_cache(n_seq=len(prompt_ids) + n_tokens)
     beams, totals, finished = [[]], [0.0], []
     new = [list(prompt_ids)]
@@ -53,8 +76,7 @@ def beam_search(
         logits = model.forward(new, cache)[:, 0]
         open_beams = []
         # More than are kept: of each beam's continuations eot_ids may end so many, and n_beam are to go on.
-        n_candidates = (1 + max(1, len(eot_ids))) * n_beam
-        candidates = likeliest(log_softmax(logits.astype(np.float64)) + np.array(totals)[:, None], n_candidates)
+        candidates = likeliest(scored(logits, totals), (1 + max(1, len(eot_ids))) * n_beam)
         for rank, (total, row, i) in enumerate(candidates):
             if i not in eot_ids and n < n_tokens:
                 open_beams.append((total, row, [*beams[row], i]))

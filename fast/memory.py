@@ -34,12 +34,16 @@ def available_bytes() -> float:
     return min(in_system, in_group)
 
 
+def check_memory(n_bytes: int, purpose: str) -> None:
+    """MemoryError: more than is available, which the system might promise all the same."""
+    if n_bytes >= 1e9 and n_bytes > (available := available_bytes()):
+        raise MemoryError(
+            f"{n_bytes / 1e9:,.1f} GB are needed for {purpose}, {available / 1e9:,.1f} GB are available; compute fewer "
+            "texts or beams at once, or shorter ones"
+        )
+
+
 def room(shape: tuple[int, ...]) -> np.ndarray:  # -> float32[shape]
-    """Memory for keys and values. MemoryError: more than is available, which the system might promise all the same."""
-    n_gb = 4 * math.prod(shape) / 1e9
-    if n_gb < 1 or n_gb <= (available_gb := available_bytes() / 1e9):
-        return np.empty(shape, np.float32)
-    raise MemoryError(
-        f"{n_gb:,.1f} GB are needed for keys and values, {available_gb:,.1f} GB are available; compute fewer texts or "
-        "beams at once, or shorter ones"
-    )
+    """Memory for keys and values. MemoryError: more than is available."""
+    check_memory(4 * math.prod(shape), "keys and values")
+    return np.empty(shape, np.float32)

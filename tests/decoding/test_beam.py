@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -113,13 +114,50 @@ def test_a_vocabulary_of_one_ends_at_once():
     assert beam_search(model, [0], 4, 1) == [(0.0, [0, 0, 0, 0])]
 
 
+@pytest.mark.parametrize("n_rows", [1, 2, 3])
 @pytest.mark.parametrize("n", [1, 3, 11, 12, 20])
-def test_likeliest_are_the_largest_in_order(n):
+def test_likeliest_are_the_largest_in_order(n, n_rows):
     totals = np.random.default_rng(n).integers(5, size=(3, 4)).astype(float)  # with ties: the first one first
     every = sorted((-total, row, i) for (row, i), total in np.ndenumerate(totals))
-    found = likeliest(totals, n)
+    found = likeliest([totals[:n_rows], totals[n_rows:]], n)
     assert len(found) == min(n, 12) and [total for total, _, _ in found] == [-total for total, _, _ in every[:n]]
     assert found == sorted(found, key=lambda c: (-c[0], c[1:])) and all(totals[row, i] == t for t, row, i in found)
+
+
+class OfOpenAI:
+    """What beam search sees of 124M, with random logits; `shapes` are those of what it was fed."""
+
+    def __init__(self):
+        self.hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
+        self.shapes = []
+
+    def new_cache(self, n_seq):
+        return self
+
+    def take(self, rows, n_same):
+        pass
+
+    def forward(self, tokens, cache):
+        self.shapes.append(np.shape(tokens))
+        return np.random.default_rng(0).random((len(tokens), 1, 50257), np.float32)
+
+
+def test_scoring_takes_little_memory_beside_the_logits():
+    """In float64 and all at once it took twelve times that of the logits, for 2000 beams 5 GB."""
+    tracemalloc.start()
+    beam_search(OfOpenAI(), [1], 2, 150)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * 150 * 50257 * 4
+
+
+def test_more_beams_than_memory_are_refused_before_any_work(monkeypatch):
+    model = OfOpenAI()
+    monkeypatch.setattr("fast.memory.available_bytes", lambda: 4e9)
+    with pytest.raises(MemoryError, match="6.4 GB are needed for the keys, values and logits of 2000 beams, 4.0 GB"):
+        beam_search(model, [1], 40, 2000)
+    assert model.shapes == []
+    assert len(beam_search(model, [1], 1, 2000)) == 2000  # whose keys are of one row
 
 
 @pytest.mark.parametrize(
