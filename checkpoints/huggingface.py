@@ -5,7 +5,6 @@ compute is refused by name. Factors on attention scores (scale_attn_weights, sca
 multiplied into the weights of the queries. Left out: pickled weights (pytorch_model.bin), which could run code.
 """
 
-import json
 import math
 import os
 import re
@@ -15,10 +14,12 @@ import sys
 import numpy as np
 
 from checkpoints import COPY_AGAIN
+from checkpoints.files import check_files, present, read_json
 from checkpoints.safetensors import Tensor, read_header, read_safetensors
 
 CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 SHARDS = WEIGHTS + ".index.json"
+MAX_SIZES = {CONFIG: 1 << 20, GENERATION: 1 << 20, SHARDS: 1 << 24, WEIGHTS: 1 << 62}
 # Names in config.json, other names for the same, and what transformers takes where there is none.
 SIZES = {
     "n_vocab": (("vocab_size",), 50257),
@@ -38,18 +39,6 @@ SAVE_AGAIN = "load it with transformers and save_pretrained() it"
 # ----------------------------------------------------------------------------------------------------------------------
 # config.json
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: str) -> dict:
-    """A file that holds a JSON object. ValueError: it does not."""
-    with open(path, encoding="utf-8") as f:
-        try:
-            content = json.load(f)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}: expected a JSON object, found {e}; {COPY_AGAIN}") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {reprlib.repr(content)}; {COPY_AGAIN}")
-    return content
 
 
 def read_size(config: dict, names: tuple[str, ...], default: int | None, path: str) -> int | None:
@@ -214,6 +203,7 @@ def read_huggingface(folder: str) -> tuple[dict, dict, dict[str, np.ndarray]]:
 
     ValueError: a damaged file, or a model that is computed otherwise. FileNotFoundError: a file is missing.
     """
+    check_files(folder, present(folder, MAX_SIZES), MAX_SIZES, COPY_AGAIN)
     hparams, config = read_config(os.path.join(folder, CONFIG))
     variables: dict[str, np.ndarray] = {}
     for path, tensors in tensors_by_file(folder).items():

@@ -11,10 +11,10 @@ import sys
 from typing import NamedTuple
 
 from checkpoints import COPY_AGAIN
-from checkpoints.huggingface import read_json
+from checkpoints.files import check_files, present, read_json
 
 TOKENIZER, TOKEN_IDS, MERGES, ADDED = "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"
-SETTINGS = "tokenizer_config.json"
+SETTINGS, MAX_SIZE = "tokenizer_config.json", 1 << 26  # bytes of one of these; GPT-2's largest has 3.6e6
 # Files of tokenizers that are no byte-level BPE.
 FOREIGN = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "spm.model", "vocab.txt")
 END_OF_TEXT = "<|endoftext|>"
@@ -153,8 +153,10 @@ def read_vocabulary(folder: str) -> Vocabulary:
 
     ValueError: a damaged file, another kind of tokenizer, or none.
     """
-    if os.path.exists(path := os.path.join(folder, TOKENIZER)):
-        return read_tokenizer(path)
+    names = present(folder, (TOKENIZER, TOKEN_IDS, MERGES, ADDED, SETTINGS))
+    check_files(folder, names, dict.fromkeys(names, MAX_SIZE), COPY_AGAIN)
+    if TOKENIZER in names:
+        return read_tokenizer(os.path.join(folder, TOKENIZER))
     missing = [name for name in (TOKEN_IDS, MERGES) if not os.path.exists(os.path.join(folder, name))]
     if not missing:
         return read_slow(folder)

@@ -94,3 +94,10 @@ def check_finite(variables: dict[str, np.ndarray], source: str) -> None:
     if bad:
         more = f" and {len(bad) - 3} others" if len(bad) > 3 else ""
         raise ValueError(f"{source}: numbers that are NaN or infinite: {', '.join(bad[:3])}{more}")
+
+
+def n_weights(params) -> int:
+    """How many numbers there are in nested dicts and lists of arrays."""
+    if isinstance(params, np.ndarray):
+        return params.size
+    return sum(map(n_weights, params.values() if isinstance(params, dict) else params))

@@ -47,7 +47,7 @@ def server(monkeypatch):
         thread = threading.Thread(target=server.serve_forever, args=[0.01])
         thread.start()
         monkeypatch.setenv("GPT2_BASE_URL", server.url)
-        monkeypatch.setattr("utils.SHA256", download_server.HASHES)
+        monkeypatch.setattr("checkpoints.openai.SHA256", download_server.HASHES)
         yield server
         server.released.set()
         server.shutdown()

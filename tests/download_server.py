@@ -9,7 +9,8 @@ import threading
 
 from helpers import MODELS
 
-from utils import MODEL_FILES, load_encoder_hparams_and_params
+from checkpoints.openai import MODEL_FILES
+from utils import load_encoder_hparams_and_params
 
 NANO = os.path.join(MODELS, "nano")
 DATA = "model.ckpt.data-00000-of-00001"

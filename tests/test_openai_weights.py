@@ -8,8 +8,9 @@ import pytest
 from helpers import MODELS, ROOT, run
 
 import gpt2
+from checkpoints.openai import MODEL_FILES
 from speculative import greedy_speculative_decoding
-from utils import MODEL_FILES, load_encoder_hparams_and_params
+from utils import load_encoder_hparams_and_params
 
 MODELS_DIR = os.environ.get("GPT2_MODELS_DIR", MODELS)
 

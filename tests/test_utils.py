@@ -10,25 +10,26 @@ from bundles import hostile_index
 from helpers import MODELS, random_variables, run
 
 import gpt2
-import utils
+from checkpoints import openai
+from checkpoints.openai import read_hparams
 from checkpoints.table import mask_crc32c
 from checkpoints.tensorflow import data_path, read_index
 from checkpoints.weights import nest_params
 from decoding.sampling import make_sampler
-from utils import load_encoder_hparams_and_params, read_hparams
+from utils import load_encoder_hparams_and_params
 
 NANO = os.path.join(MODELS, "nano")
 
 
 def test_published_hashes_are_sha256():
-    assert all(len(value) == 64 and int(value, 16) for value in utils.SHA256.values())
+    assert all(len(value) == 64 and int(value, 16) for value in openai.SHA256.values())
     path = os.path.join(os.environ.get("GPT2_MODELS_DIR", MODELS), "124M")
     for name in ("encoder.json", "vocab.bpe", "hparams.json", "model.ckpt.index"):
         if not os.path.exists(os.path.join(path, name)):
             pytest.skip("OpenAI's 124M files are not here; GPT2_MODELS_DIR says where they are")
         with open(os.path.join(path, name), "rb") as f:
             found = hashlib.sha256(f.read()).hexdigest()
-        assert found == (utils.SHA256.get(f"124M/{name}") or utils.SHA256[name])
+        assert found == (openai.SHA256.get(f"124M/{name}") or openai.SHA256[name])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from download_server import CONTENT, DATA, NANO, assert_whole, files, load, part
 from helpers import MODELS
 
 from checkpoints import download
-from utils import MODEL_FILES, load_encoder_hparams_and_params
+from checkpoints.openai import MODEL_FILES
+from utils import load_encoder_hparams_and_params
 
 # Where the pauses between attempts are not made.
 pytestmark = pytest.mark.usefixtures("pauses")
@@ -296,7 +297,7 @@ def test_a_length_of_thousands_of_digits_is_ignored(server, pauses, tmp_path):
 
 
 def test_an_empty_address_is_none(server, monkeypatch, tmp_path):
-    monkeypatch.setattr("utils.OPENAI_URL", server.url)
+    monkeypatch.setattr("checkpoints.openai.OPENAI_URL", server.url)
     monkeypatch.setenv("GPT2_BASE_URL", "")
     load(tmp_path)
     assert_whole(tmp_path)

@@ -15,7 +15,8 @@ from download_server import CONTENT, DATA, HASHES, NANO, assert_whole, files, lo
 from helpers import ROOT
 
 from checkpoints import download
-from utils import MODEL_FILES, load_encoder_hparams_and_params
+from checkpoints.openai import MODEL_FILES
+from utils import load_encoder_hparams_and_params
 
 N_BYTES = sum(map(len, CONTENT.values()))
 # What a process may find instead of a lock that works.
@@ -30,7 +31,8 @@ LOCKS = {
 
 def start(server, models_dir, before=""):
     """A process that loads, and so downloads, 355M."""
-    code = f"import sys\n{before}\nimport utils\nfrom console import command\nutils.SHA256 = {HASHES}\n"
+    code = f"import sys\n{before}\nimport utils\nfrom checkpoints import openai\nfrom console import command\n"
+    code += f"openai.SHA256 = {HASHES}\n"
     code += f"command.run(lambda: utils.load_encoder_hparams_and_params('355M', {str(models_dir)!r}) and None)"
     env = os.environ | {"GPT2_BASE_URL": server.url, "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
@@ -100,7 +102,8 @@ def test_interrupted_it_resumes(server, tmp_path, lock):
 
 
 def test_killed_while_it_verifies_nothing_is_fetched_again(server, tmp_path):
-    before = "import os, signal, utils\nutils.verify_checkpoint = lambda *_: os.kill(os.getpid(), 9)"
+    before = "import os, signal\nfrom checkpoints import openai\n"
+    before += "openai.verify_checkpoint = lambda *_: os.kill(os.getpid(), 9)"
     assert finish(start(server, tmp_path, before))[0] == -signal.SIGKILL
     assert DATA not in files(tmp_path)
     load(tmp_path)

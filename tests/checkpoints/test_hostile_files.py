@@ -20,7 +20,8 @@ from bundles import (
 )
 from helpers import MODELS, random_variables, read_bytes, run, write_bytes
 
-import utils
+from checkpoints import openai
+from checkpoints.openai import MODEL_FILES
 from checkpoints.tensorflow import (
     MAX_INDEX_SIZE,
     Entry,
@@ -31,7 +32,7 @@ from checkpoints.tensorflow import (
     verify_checkpoint,
 )
 from checkpoints.weights import nest_params
-from utils import MODEL_FILES, load_encoder_hparams_and_params
+from utils import load_encoder_hparams_and_params
 
 NANO = os.path.join(MODELS, "nano")
 
@@ -311,7 +312,7 @@ def test_shards_are_files_of_the_folder_too(nano_copy):
         load(nano_copy)
 
 
-@pytest.mark.parametrize("name", sorted(utils.MAX_SIZES))
+@pytest.mark.parametrize("name", sorted(openai.MAX_SIZES))
 def test_a_text_file_of_a_terabyte_is_not_read(nano_copy, modest, name):
     os.truncate(nano_copy / name, 1 << 40)
     with pytest.raises(ValueError, match=f"{name} has {1 << 40} bytes, expected .* at most"):

@@ -9,8 +9,8 @@ import pytest
 from bundles import HPARAMS
 from helpers import MODELS, ROOT, read_bytes, write_bytes
 
+from checkpoints.openai import read_hparams
 from encoder import read_merge_ranks, read_token_ids
-from utils import read_hparams
 
 NANO = os.path.join(MODELS, "nano")
 

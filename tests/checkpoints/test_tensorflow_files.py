@@ -8,6 +8,7 @@ import pytest
 from helpers import MODELS
 
 import utils
+from checkpoints import openai
 from checkpoints.tensorflow import read_checkpoint, read_index, verify_checkpoint
 from utils import load_encoder_hparams_and_params
 
@@ -17,14 +18,14 @@ NANO = os.path.join(MODELS, "nano")
 
 @pytest.fixture(scope="module")
 def nano_variables():
-    return read_checkpoint(os.path.join(NANO, utils.CHECKPOINT))
+    return read_checkpoint(os.path.join(NANO, openai.CHECKPOINT))
 
 
 @pytest.fixture
 def prefix(tmp_path):
     """Where a model's checkpoint goes: the other files of nano are there."""
     shutil.copytree(NANO, tmp_path / "written", ignore=shutil.ignore_patterns("model.ckpt*"))
-    return str(tmp_path / "written" / utils.CHECKPOINT)
+    return str(tmp_path / "written" / openai.CHECKPOINT)
 
 
 def assert_nano(prefix, nano_variables):

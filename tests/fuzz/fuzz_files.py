@@ -29,12 +29,10 @@ if __name__ == "__main__":
     os.environ["TQDM_DISABLE"] = "1"  # the progress bar of a file of a hundred bytes
     with atheris.instrument_imports(include=READING):
         import encoder
-        import utils
-        from checkpoints import nanogpt, tensorflow
+        from checkpoints import nanogpt, openai, tensorflow, weights
 else:
     import encoder
-    import utils
-    from checkpoints import nanogpt, tensorflow
+    from checkpoints import nanogpt, openai, tensorflow, weights
 
 import torchfiles  # noqa: E402
 from bundles import MAGIC, with_right_checksums  # noqa: E402
@@ -60,9 +58,9 @@ def read_model(content: bytes, mended: bool) -> None:
     at = content.rfind(MAGIC)
     end = len(content) if at < 0 else at + len(MAGIC)
     index, data = content[:end], content[end:]
-    put(utils.INDEX, with_right_checksums(index) if mended else index)
-    put(utils.DATA, data)
-    prefix = os.path.join(FOLDER.name, utils.CHECKPOINT)
+    put(openai.INDEX, with_right_checksums(index) if mended else index)
+    put(openai.DATA, data)
+    prefix = os.path.join(FOLDER.name, openai.CHECKPOINT)
     try:
         tensorflow.verify_checkpoint(prefix)
     except ValueError as e:
@@ -71,11 +69,11 @@ def read_model(content: bytes, mended: bool) -> None:
     assert sum(array.nbytes for array in arrays.values()) <= 2 * len(data)  # halves become float32
     for array in arrays.values():
         array.tobytes()  # every byte can be read
-    utils.nest_params(arrays, HPARAMS, prefix)
+    weights.nest_params(arrays, HPARAMS, prefix)
 
 
 def read_hparams(content: bytes) -> None:
-    hparams = utils.read_hparams(put(utils.HPARAMS, content))
+    hparams = openai.read_hparams(put(openai.HPARAMS, content))
     assert all(0 < hparams[name] < 1 << 31 for name in HPARAMS) and hparams["n_embd"] % hparams["n_head"] == 0
 
 
@@ -86,19 +84,19 @@ def check_round_trip(token_ids: dict, merge_ranks: dict) -> None:
 
 
 def read_token_ids(content: bytes) -> None:
-    token_ids = encoder.read_token_ids(put(utils.TOKEN_IDS, content))
+    token_ids = encoder.read_token_ids(put(openai.TOKEN_IDS, content))
     check_round_trip(token_ids, {("t", "h"): 0} if "th" in token_ids else {})
 
 
 def read_merges(content: bytes) -> None:
-    check_round_trip(TOKEN_IDS, encoder.read_merge_ranks(put(utils.MERGES, content), TOKEN_IDS))
+    check_round_trip(TOKEN_IDS, encoder.read_merge_ranks(put(openai.MERGES, content), TOKEN_IDS))
 
 
 def read_nanogpt(content: bytes) -> None:
     path = put("ckpt.pt", content)
     hparams, variables = nanogpt.read_nanogpt(path)
     assert all(variable.tobytes() for variable in variables.values())  # every byte can be read
-    utils.nest_params(variables, hparams, path)
+    weights.nest_params(variables, hparams, path)
     nanogpt.verify_nanogpt(path)
 
 
