@@ -17,17 +17,17 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from urllib.parse import urlsplit
 
 import requests
 import urllib3
 from tqdm import tqdm
 
+from checkpoints.https import Session
+
 N_ATTEMPTS = 5  # in a row without a byte more; each that makes progress starts the count again
 TIMEOUT_S = (10, 60)  # to connect, and between two chunks
 CHUNK_SIZE = 1 << 16  # what a broken connection may cost
 STALE_S = 600  # no process is silent for longer: its attempts take six minutes, verifying 6 GB two
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 WEB_PAGES = (b"<!doctype", b"<html", b"<?xml", b"<error")  # what proxies and storage servers answer instead of a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -146,18 +146,6 @@ def append(part: str, n_have: int, chunks: Iterator[bytes], bar: tqdm) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class LocalHTTP(requests.adapters.HTTPAdapter):
-    """Lets plain http through to this machine only. Redirects pass here too, before anything is sent."""
-
-    def send(self, request, **kwargs):
-        if urlsplit(request.url).hostname not in LOCAL_HOSTS:
-            raise ValueError(
-                f"{request.url} is not fetched: only https is, except from {', '.join(LOCAL_HOSTS)}; "
-                "set GPT2_BASE_URL to an https address that redirects to https only"
-            )
-        return super().send(request, **kwargs)
-
-
 @contextlib.contextmanager
 def get(url: str, n_have: int, validator: str) -> Iterator[requests.Response]:
     """What the server answers when asked for the bytes from n_have on, or for all if the version is another by now."""
@@ -166,10 +154,8 @@ def get(url: str, n_have: int, validator: str) -> Iterator[requests.Response]:
         headers["Range"] = f"bytes={n_have}-"
         if validator and not validator.startswith("W/"):  # weak ones are not allowed there
             headers["If-Range"] = validator
-    with requests.Session() as session:
-        session.mount("http://", LocalHTTP())
-        with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
-            yield response
+    with Session() as session, session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+        yield response
 
 
 def check_space(part: str, n_left: int | None) -> None:

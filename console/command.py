@@ -9,6 +9,7 @@ from collections.abc import Callable
 from console import interrupts
 from console.arguments import asks_for_help, parse_arguments
 from console.errors import abandon, fail
+from console.streams import Lossy, blocking
 
 BROKEN_PIPE = 141  # the status that shells give to programs ended by this signal: 128 + 13
 
@@ -28,37 +29,45 @@ def choose(commands: dict[str, Callable], argv: list[str]) -> tuple[Callable, li
     raise SystemExit(0 if argv else 2)
 
 
+def call(command: Callable | dict[str, Callable], argv: list[str]) -> None:
+    """SystemExit: stderr is full or broken, as other programs do (close_stdout of the GNU tools)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: what would go there goes nowhere
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the run
+    sys.stderr = lossy = Lossy(sys.stderr)
+    if isinstance(command, dict):
+        command, argv = choose(command, argv)
+    if asks_for_help(argv, dict(inspect.signature(command).parameters)):
+        print(manual_of(command))
+    else:
+        command(**parse_arguments(command, argv))
+    sys.stdout.flush()
+    if lossy.error:
+        sys.exit(BROKEN_PIPE if isinstance(lossy.error, BrokenPipeError) else 1)
+
+
 def run(command: Callable | dict[str, Callable]) -> None:
     """Call `command`, or the one of several that the first argument names, with the arguments of this process.
 
     Exits with the conventional status when it cannot go on.
     """
-    argv = sys.argv[1:]
-    try:
-        interrupts.end_with_status()
-        for name in ("stdout", "stderr"):
-            if getattr(sys, name) is None:  # closed by the caller: what would go there goes nowhere
-                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the run
-        if isinstance(command, dict):
-            command, argv = choose(command, argv)
-        if asks_for_help(argv, dict(inspect.signature(command).parameters)):
-            print(manual_of(command))
-        else:
-            command(**parse_arguments(command, argv))
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit(interrupts.INTERRUPTED)
-    except BrokenPipeError:
-        abandon(sys.stdout)
-        sys.exit(BROKEN_PIPE)
-    except MemoryError as e:
-        fail(str(e) or "there is not enough memory; ask for less at once")
-    except (ValueError, ConnectionError) as e:
-        fail(str(e))
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) and not e.filename:
+    with blocking():
+        try:
+            interrupts.end_with_status()
+            call(command, sys.argv[1:])
+        except KeyboardInterrupt:
+            sys.exit(interrupts.INTERRUPTED)
+        except BrokenPipeError:
             abandon(sys.stdout)
-            fail(f"cannot write the text: {e.strerror}")
-        fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
-    finally:
-        interrupts.end_at_once()
+            sys.exit(BROKEN_PIPE)
+        except MemoryError as e:
+            fail(str(e) or "there is not enough memory; ask for less at once")
+        except (ValueError, ConnectionError) as e:
+            fail(str(e))
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO) and not e.filename:
+                abandon(sys.stdout)
+                fail(f"cannot write the text: {e.strerror}")
+            fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+        finally:
+            interrupts.end_at_once()

@@ -1,11 +1,53 @@
-"""Prompts and files come in, text goes out: stdin and stdout."""
+"""Prompts and files come in, text goes out: stdin and stdout. What cannot be said on stderr is lost, not the text."""
 
 import contextlib
+import os
 import sys
-from collections.abc import Iterable
-from typing import BinaryIO
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, TextIO
+
+from console.errors import abandon
 
 MAX_PROMPT, MAX_FILE = 1 << 24, 1 << 28  # bytes; a token has four or so, and 100 bytes of memory on the way
+
+
+class Lossy:
+    """A stream of which what cannot be written is lost; `error` says why."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.error = stream, None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        self.attempt(self.stream.write, text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action, *args) -> None:
+        try:
+            action(*args)
+        except OSError as e:  # full, or a pipe that nobody reads
+            self.error = self.error or e
+            abandon(self.stream)
+
+
+@contextlib.contextmanager
+def blocking() -> Iterator[None]:
+    """Let reads and writes wait, also where another program has set these streams not to (O_NONBLOCK)."""
+    changed = []
+    for number in range(3):
+        with contextlib.suppress(OSError, AttributeError):  # closed, or no such thing on this system
+            if not os.get_blocking(number):
+                os.set_blocking(number, True)
+                changed.append(number)
+    try:
+        yield
+    finally:
+        for number in changed:
+            os.set_blocking(number, False)  # the other program relies on it
 
 
 def read_at_most(n_bytes: int, stream: BinaryIO, name: str) -> bytes:

@@ -274,6 +274,40 @@ def test_a_redirect_loop_ends(server, tmp_path, pauses):
     assert pauses == [] and files(tmp_path) == []
 
 
+@pytest.mark.parametrize("url", ["http://[bad", "https://[::1", "//[x", "http://user:pa[ss@127.0.0.1/"])
+def test_a_redirect_to_no_address_is_named(server, tmp_path, pauses, url):
+    server.faults["hparams.json"] = f"redirects {url}"
+    with pytest.raises(ConnectionError, match=r"hparams\.json \(it redirects to '.*', which is no address"):
+        load(tmp_path)
+    assert server.ranges("hparams.json") == [None] and pauses == []
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+def test_a_proxy_is_not_asked_for_this_machine(server, tmp_path, monkeypatch, variable):
+    """It could not reach it, and plain http would leave the machine."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    load(tmp_path)
+    assert_whole(tmp_path)
+
+
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot be read: No such file"), (b"", "has no cert"), (b"\xff\n", "has no cert")]
+)
+def test_certificates_that_are_none_are_named(tmp_path, monkeypatch, variable, content, message):
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_bytes(content)
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(path))
+    monkeypatch.setenv("GPT2_BASE_URL", "https://127.0.0.1:9")
+    with pytest.raises(ValueError, match=f"ca.pem, which {variable} names, {message}.*or unset it"):
+        load(tmp_path)
+
+
 def test_a_file_that_comes_in_pieces_is_put_together(server, pauses, tmp_path):
     """Status 206 with less than was asked for, also where no range was: each piece goes on where the last ended."""
     server.faults[DATA] = "answers in pieces"

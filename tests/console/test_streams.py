@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 import pytest
 from helpers import run
@@ -81,6 +82,36 @@ def test_a_mistake_keeps_its_status_where_it_cannot_be_said(args, status, broken
         with open("/dev/full", "wb") as full:
             assert finish_with(args, stderr=full)[:2] == (status, b"")
     assert finish_closing("2", args)[:2] == (status, b"")
+
+
+@pytest.mark.parametrize("args", [[*SHORT, "--top=2", "--stats"], [*SHORT_SPECULATIVE, "--verify", "--stats"]])
+def test_what_stderr_cannot_take_does_not_cost_the_text(args, broken_pipe):
+    whole = finish_with(args)[1]
+    assert whole and finish_with(args, stderr=broken_pipe)[:2] == (128 + signal.SIGPIPE, whole)
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            assert finish_with(args, stderr=full)[:2] == (1, whole)
+
+
+def test_streams_that_do_not_wait_are_waited_for():
+    """What comes late is read, what finds the pipe full is written, and the other program finds them as they were."""
+    code = "import sys\nfrom console import command, streams\n"
+    code += "command.run(lambda: streams.write_text([streams.read_prompt('-')] * 2000))"
+    (stdin, to_stdin), (from_stdout, stdout) = os.pipe(), os.pipe()
+    for descriptor in (stdin, stdout):
+        os.set_blocking(descriptor, False)
+    process = start("-c", code, stdin=stdin, stdout=stdout)
+    with open(to_stdin, "wb", buffering=0) as text:
+        for piece in (b"x" * 100, b"y" * 100):
+            time.sleep(0.3)
+            text.write(piece)
+    time.sleep(0.3)  # 400 kB are more than a pipe holds
+    with process, open(from_stdout, "rb") as out:
+        os.close(stdout)
+        assert out.read() == (b"x" * 100 + b"y" * 100) * 2000
+        assert (process.wait(60), process.stderr.read()) == (0, b"")
+    assert not os.get_blocking(stdin)
+    os.close(stdin)
 
 
 def finish_closing(descriptors, args):
