@@ -85,7 +85,7 @@ def read_entry(mapped: mmap.mmap, at: int) -> tuple[Record, int]:
     _, _, flags, method, _, _, crc32, packed, size, n_name, n_extra, n_comment, _, _, _, header = fields
     end = at + ENTRY.size + n_name
     name = mapped[at + ENTRY.size : end].decode(errors="replace")
-    packed, size, header = large_values(mapped[end : end + n_extra], [packed, size, header])
+    size, packed, header = large_values(mapped[end : end + n_extra], [size, packed, header])
     if flags & IS_ENCRYPTED or method or packed != size:
         raise Damaged(f"{name[:80]!r} is compressed or encrypted, expected it as torch.save stores it")
     return Record(name, header, size, crc32), end + n_extra + n_comment
