@@ -85,7 +85,7 @@ def read_entry(mapped: mmap.mmap, at: int) -> tuple[Record, int]:
     _, _, flags, method, _, _, crc32, packed, size, n_name, n_extra, n_comment, _, _, _, header = fields
     end = at + ENTRY.size + n_name
     name = mapped[at + ENTRY.size : end].decode(errors="replace")
-    packed, size, header = large_values(mapped[end : end + n_extra], [packed, size, header])
+    size, packed, header = large_values(mapped[end : end + n_extra], [size, packed, header])
     if flags & IS_ENCRYPTED or method or packed != size:
         raise Damaged(f"{name[:80]!r} is compressed or encrypted, expected it as torch.save stores it")
     return Record(name, header, size, crc32), end + n_extra + n_comment
@@ -212,6 +212,7 @@ class TorchFile:
             if start[:4] != b"PK\3\4":
                 raise Damaged("no zip archive")
             self.mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        self.n_left = len(self.mapped)  # of the bytes that tensors may be made of
         self.records = read_directory(self.mapped)
         if self.bytes_of("byteorder", b"little") != b"little":
             raise Damaged("its numbers are big-endian")
@@ -235,7 +236,10 @@ class TorchFile:
         return content
 
     def array(self, tensor: Tensor) -> np.ndarray:
-        """float32[shape], a read-only view; float16 and bfloat16 are converted, as is what lies at odd offsets."""
+        """float32[shape], a read-only view; float16 and bfloat16 are converted, as is what lies at odd offsets.
+
+        Damaged: it does not fit its bytes, or it and those before it share theirs, and would grow beyond the file.
+        """
         storage = tensor.storage
         if storage.kind not in DTYPES:
             raise Damaged(f"numbers of {storage.kind}, expected float32, float16 or bfloat16")
@@ -249,6 +253,9 @@ class TorchFile:
             n_spanned += stride * (n - 1) if n else 0
         if not math.prod(tensor.shape) or tensor.offset + n_spanned > storage.n_numbers:
             raise Damaged(f"a tensor of shape {list(tensor.shape)}, of which {record.name[:80]!r} holds a part")
+        self.n_left -= n_spanned * SIZES[dtype]
+        if self.n_left < 0:
+            raise Damaged("its tensors share their numbers, and are more than the file")
         start = data_offset(self.mapped, record) + tensor.offset * SIZES[dtype]
         numbers = as_float32(self.mapped, dtype, n_spanned, start)
         strides = [4 * stride if n > 1 else 4 for n, stride in zip(tensor.shape, tensor.strides, strict=True)]

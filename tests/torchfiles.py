@@ -152,12 +152,13 @@ def nanogpt_weights(hparams, bias=True, seed=0):
 
 
 def records_of(weights, args, is_tied=True, prefix="", **others):
-    """data.pkl and the storages of a checkpoint, record name -> bytes."""
-    records, tensors = {"data.pkl": b"", "byteorder": b"little"}, {}
-    for i, (name, array) in enumerate(weights.items()):
-        records[f"data/{i}"] = array.tobytes()
+    """data.pkl and the storages of a checkpoint, record name -> bytes. One array twice shares its storage."""
+    records, tensors, keys = {"data.pkl": b"", "byteorder": b"little"}, {}, {}
+    for name, array in weights.items():
+        key = keys.setdefault(id(array), str(len(keys)))
+        records[f"data/{key}"] = array.tobytes()
         strides = tuple(stride // array.itemsize for stride in array.strides)
-        tensors[prefix + name] = tensor(KINDS[str(array.dtype)], str(i), array.size, array.shape, strides)
+        tensors[prefix + name] = tensor(KINDS[str(array.dtype)], key, array.size, array.shape, strides)
     if is_tied:
         tensors[prefix + "lm_head.weight"] = tensors[prefix + "transformer.wte.weight"]
     records["data.pkl"] = pickled({"model": state_dict(tensors), "model_args": args, **others})

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -80,6 +81,20 @@ def test_model_args_that_are_not_the_models(fault_of, args, message):
 )
 def test_weights_that_are_no_gpt2(fault_of, weights, message):
     fault_of(archive(records_of(FLAT | weights, ARGS, is_tied=False)), message)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_layers_of_the_same_bytes_do_not_grow_beyond_the_file(fault_of, dtype):
+    """40 layers of one layer's bytes: as float32 they would be 40 times the file, or 80."""
+    hparams = HPARAMS | {"n_embd": 64}
+    weights = {name: array.astype(dtype) for name, array in nanogpt_weights(hparams).items()}
+    for i in range(1, 40):
+        weights |= {name.replace("h.0", f"h.{i}"): array for name, array in weights.items() if "h.0." in name}
+    args = model_args(hparams | {"n_layer": 40})
+    tracemalloc.start()
+    fault_of(archive(records_of(weights, args)), "'transformer.h.1.*its tensors share their numbers")
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", FLAT)

@@ -8,7 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from helpers import ROOT, run, write_bytes
+from helpers import ROOT, run, shared_out, write_bytes
 from torchfiles import HPARAMS, archive, checkpoint, model_args, nanogpt_weights, records_of
 
 from checkpoints import nanogpt
@@ -58,6 +58,10 @@ def test_logits_and_tokens_equal_pytorchs(read, golden):
     logits = model.forward([prompt], cache, n_last=len(prompt))[0]
     np.testing.assert_allclose(logits[[0, -1]], golden["logits"], rtol=0, atol=2e-5)
     assert list(generate(model, prompt, len(golden["ids"]))) == golden["ids"]
+    model = shared_out(model)  # as a large one, whose weights are packed
+    assert list(generate(model, prompt, len(golden["ids"]))) == golden["ids"]
+    logits = model.forward([prompt], model.new_cache(), n_last=len(prompt))[0]
+    np.testing.assert_allclose(logits[[0, -1]], golden["logits"], rtol=0, atol=2e-5)
 
 
 def test_the_two_gelus_differ_in_what_they_are_for(read):
