@@ -47,7 +47,7 @@ def as_json(values: dict) -> bytes:
 
 def check_vocabulary(encoder) -> None:
     """ValueError: it is no byte-level BPE, which all forms need."""
-    if not hasattr(encoder, "merge_ranks"):
+    if encoder.added.keys() >= encoder.token_ids.keys():  # no pieces of words, only tokens as they are
         raise ValueError(
             f"a vocabulary of {encoder.n_vocab} characters cannot be written: OpenAI's and Hugging Face's forms need "
             "GPT-2's byte-level BPE; use the model as it is"

@@ -19,6 +19,7 @@ import utils
 from checkpoints import convert, writing
 from checkpoints.convert import FORMATS, write_model
 from checkpoints.download import private_part
+from encoder import CharacterEncoder
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -93,13 +94,12 @@ def test_what_is_not_written(model, out, form, message, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "full" / "a").read_text() == "mine"
 
 
-def test_a_vocabulary_of_characters_is_refused(tmp_path):
-    class Characters:
-        n_vocab = 65
-
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_vocabulary_of_characters_is_refused(form, tmp_path):
+    encoder = CharacterEncoder({chr(i + 60): i for i in range(65)})
     model = random_model(n_vocab=65)
     with pytest.raises(ValueError, match="a vocabulary of 65 characters cannot be written"):
-        write_model(Characters(), model.hparams, model.params, str(tmp_path / "out"), "huggingface")
+        write_model(encoder, model.hparams, model.params, str(tmp_path / "out"), form)
     assert os.listdir(tmp_path) == []
 
 
