@@ -291,7 +291,22 @@ def verify(model_size: str, *, models_dir: str = MODELS_DIR, vocabulary: str | N
     )
 
 
+def convert(model_size: str, out: str, *, format: str = "", models_dir: str = MODELS_DIR):
+    """Write a model to a folder of another form: python utils.py convert MODEL_SIZE OUT --format FORMAT [flags]
+
+    MODEL_SIZE            any model, downloaded if need be; OUT is the folder to write, new or empty
+    --format huggingface  as transformers saves it: model.safetensors, config.json, tokenizer.json and others
+    --format openai       as OpenAI's files; what they cannot express, such as another activation, is refused
+    --models_dir models   where the models are, beside the programs unless given
+
+    Every bit of the weights is kept. All files get their names when all are complete; none is overwritten.
+    """
+    from checkpoints.convert import convert_model  # which loading a model does not need
+
+    convert_model(load_encoder_hparams_and_params, model_size, models_dir, out, format)
+
+
 if __name__ == "__main__":
     from console import command  # the others who read models have their own command line
 
-    command.run({"verify": verify})
+    command.run({"verify": verify, "convert": convert})

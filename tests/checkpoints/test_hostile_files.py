@@ -7,17 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from bundles import (
-    HEADER,
-    HPARAMS,
-    entry_message,
-    index_of,
-    table,
-    table_entry,
-    varint,
-    with_right_checksums,
-    write_bundle,
-)
+from bundles import HPARAMS, entry_message, index_of, table, with_right_checksums, write_bundle
 from helpers import MODELS, random_variables, read_bytes, run, write_bytes
 
 from checkpoints import openai
@@ -32,6 +22,7 @@ from checkpoints.tensorflow import (
     verify_checkpoint,
 )
 from checkpoints.weights import nest_params
+from checkpoints.write_openai import HEADER, table_entry, varint
 from utils import load_encoder_hparams_and_params
 
 NANO = os.path.join(MODELS, "nano")
