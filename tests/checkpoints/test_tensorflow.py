@@ -11,6 +11,7 @@ from helpers import MODELS, ROOT
 from checkpoints import tensorflow
 from checkpoints.tensorflow import data_path, read_checkpoint, read_index, verify_checkpoint
 
+pytestmark = pytest.mark.xdist_group("tensorflow")
 NANO = os.path.join(MODELS, "nano", "model.ckpt")
 
 
