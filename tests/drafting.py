@@ -7,7 +7,7 @@ from decoding.draft_length import Adaptive
 from decoding.sampling import greedy, make_sampler
 from speculative import DraftModel, FirstOf, PromptLookup
 
-TARGET = random_model(n_ctx=40)
+TARGET = random_model(n_ctx=40, n_layer=2)
 DRAFT = random_model(n_ctx=40, n_layer=1, seed=0)  # shares the first layer's weights: right now and then
 
 
@@ -42,6 +42,17 @@ def drafters(draft, n_draft, sample, text, n_prompt):
     yield FirstOf(PromptLookup(n_draft), DraftModel(draft, n_draft, sample))
     yield Adaptive(DraftModel(draft, n_draft, sample), n_draft)
     yield Adaptive(FirstOf(PromptLookup(n_draft), DraftModel(draft, n_draft, sample)), n_draft)
+
+
+class InTurn:
+    """Of several drafters another each round, so each finds a text that others went on with."""
+
+    def __init__(self, drafters, n_before=0):
+        self.drafters, self.n_calls = list(drafters), n_before
+
+    def __call__(self, tokens, n_max):
+        self.n_calls += 1
+        return self.drafters[self.n_calls % len(self.drafters)](tokens, n_max)
 
 
 def limited(drafter):

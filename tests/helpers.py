@@ -1,13 +1,16 @@
-"""What several test files need: random models of any shape, and the program as a subprocess."""
+"""What several test files need: random models of any shape, and the programs, as processes or in this one."""
 
 import contextlib
 import io
 import os
+import runpy
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
+import pytest
 
 from checkpoints.weights import expected_shapes, nest_params
 from fast.shares import Shares
@@ -83,14 +86,21 @@ def run(*args, stdin="", env=None, cwd=ROOT):
     )
 
 
-def read_bytes(path):
-    with open(path, "rb") as f:
-        return f.read()
-
-
-def write_bytes(path, content):
-    with open(path, "wb") as f:
-        f.write(content)
+def run_here(*args, stdin="", env=None, cwd=ROOT):
+    """The same without a process, ten times as fast: for tests of what a program writes, not of how it runs."""
+    argv = latest(args)
+    if argv[0] == "-m":
+        argv = argv[1:]
+        program = partial(runpy.run_module, argv[0])
+    else:
+        program = partial(runpy.run_path, os.path.join(ROOT, argv[0]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", argv)
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        return subprocess.CompletedProcess(argv, *outcome(partial(program, run_name="__main__")))
 
 
 def outcome(action):
@@ -105,3 +115,13 @@ def outcome(action):
         finally:
             signal.signal(signal.SIGINT, handler)
     return status, out.getvalue(), err.getvalue()
+
+
+def read_bytes(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def write_bytes(path, content):
+    with open(path, "wb") as f:
+        f.write(content)

@@ -7,7 +7,7 @@ import google_crc32c
 import numpy as np
 import pytest
 from bundles import hostile_index
-from helpers import MODELS, random_variables, run
+from helpers import MODELS, random_variables, run, run_here
 
 import gpt2
 from checkpoints import openai
@@ -115,7 +115,7 @@ def test_integer_weights_are_refused():
 
 
 def verify(models_dir, model_size="mine"):
-    done = run("utils.py", "verify", model_size, "--models_dir", models_dir)
+    done = run_here("utils.py", "verify", model_size, "--models_dir", models_dir)
     assert done.stdout == "" and "Traceback" not in done.stderr
     return done.returncode, done.stderr
 

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from helpers import MODELS, random_model, run
+from helpers import MODELS, random_model, run, run_here
 from reference import reference_inside, reference_logits
 
 from analysis import inside
 from analysis.inside import Trace, look_inside
 
+pytestmark = pytest.mark.xdist_group("matplotlib")
 MODEL = random_model()
 IDS = np.random.default_rng(0).integers(61, size=20).tolist()
 
@@ -74,7 +75,7 @@ INSIDE = ("-m", "analysis", "--model_size=nano")
 def test_the_picture_is_written(tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "seen.png"
-    done = run(*INSIDE, "The $king$ and\nhis 日", "--layer", 1, "--path", path, "--models_dir", MODELS)
+    done = run_here(*INSIDE, "The $king$ and\nhis 日", "--layer", 1, "--path", path, "--models_dir", MODELS)
     assert (done.returncode, done.stdout) == (0, "")
     content = path.read_bytes()
     width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
@@ -105,7 +106,7 @@ def test_any_number_of_heads_is_drawn(tmp_path, n_heads):
 def test_a_mistake_is_one_line(args, message, status):
     if "/nowhere/seen.png" in args:
         pytest.importorskip("matplotlib")
-    done = run(*INSIDE, *args)
+    done = run_here(*INSIDE, *args)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
     assert message in done.stderr
 

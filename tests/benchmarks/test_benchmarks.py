@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from helpers import MODELS, ROOT, random_model, run
+from helpers import MODELS, random_model, run_here
 from reference import reference_logits
 
 import gpt2
@@ -17,11 +17,18 @@ from benchmarks.peers import PEERS, PlainNumPy, installed_peers, plain_forward
 from benchmarks.simulation import Simulation
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed; the tables need it for their pictures")
+pytestmark = pytest.mark.xdist_group("matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    """Without the pauses that keep timings apart, which are not tested."""
+    monkeypatch.setattr("benchmarks.measure.SETTLE_S", 0)
 
 
 def table(tmp_path, *args):
     """The rows of the table that a run in an empty folder writes."""
-    done = run("-m", "benchmarks", *args, "--models_dir", MODELS, cwd=tmp_path, env={"PYTHONPATH": ROOT})
+    done = run_here("-m", "benchmarks", *args, "--models_dir", MODELS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / FOLDER
     assert (folder / f"{args[0]}.png").read_bytes().startswith(b"\x89PNG")
@@ -144,12 +151,12 @@ def test_all_joins_the_tables(tmp_path, monkeypatch, capsys):
 
 
 def test_an_unknown_command_lists_the_known():
-    done = run("-m", "benchmarks", "speed")
+    done = run_here("-m", "benchmarks", "speed")
     assert done.returncode == 2 and "no command 'speed', expected one of decode, prefill" in done.stderr
 
 
 def test_help_names_every_command():
-    done = run("-m", "benchmarks", "--help")
+    done = run_here("-m", "benchmarks", "--help")
     assert done.returncode == 0
     for name in program.COMMANDS:
         assert f"\n{name} " in "\n" + done.stdout

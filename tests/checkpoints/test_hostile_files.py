@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from bundles import HPARAMS, entry_message, index_of, table, with_right_checksums, write_bundle
-from helpers import MODELS, random_variables, read_bytes, run, write_bytes
+from helpers import MODELS, ROOT, random_variables, read_bytes, run_here, write_bytes
 
 from checkpoints import openai
 from checkpoints.openai import MODEL_FILES
@@ -314,6 +314,6 @@ def test_a_hostile_name_stays_on_one_line(nano_copy):
     index = read_index(str(nano_copy / "model.ckpt.index"))[2]
     index["a\n\x1b[2Jb"] = float_entry(1 << 40)
     write_bytes(nano_copy / "model.ckpt.index", index_of(index | {"a\n\x1b[2Jb": Entry(1, (), 9, 0, 4, 0)}))
-    done = run("gpt2.py", "x", "--model_size", "nano", "--models_dir", nano_copy.parent)
+    done = run_here("gpt2.py", "x", "--model_size", "nano", "--models_dir", nano_copy.parent)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and r"a\n\x1b[2Jb has 4 bytes in shard 9" in done.stderr

@@ -11,6 +11,7 @@ from checkpoints import table
 from checkpoints.tensorflow import Entry, data_path, read_checkpoint, read_index, verify_checkpoint
 from checkpoints.write_openai import table_entry
 
+pytestmark = pytest.mark.xdist_group("tensorflow")
 NANO = os.path.join(MODELS, "nano", "model.ckpt")
 
 

@@ -12,7 +12,7 @@ import termios
 from functools import partial
 
 import pytest
-from helpers import ROOT, random_model, run
+from helpers import ROOT, random_model, run_here
 
 from console import interactive
 from console.interactive import Conversation, converse
@@ -127,18 +127,18 @@ def test_only_the_text_goes_to_stdout(nano):
 def test_prompts_through_a_pipe(nano):
     both = text_after(nano, "ROMEO:", 16)
     first, juliet = text_after(nano, "ROMEO:", 8), text_after(nano, "JULIET:", 8)
-    done = run(*FLAGS, "--n_tokens_to_generate=8", stdin="ROMEO:\n\nJULIET:")
+    done = run_here(*FLAGS, "--n_tokens_to_generate=8", stdin="ROMEO:\n\nJULIET:")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{first}\n{both.removeprefix(first)}\n{juliet}\n"
 
 
 def test_a_prompt_as_argument_comes_first(nano):
-    done = run(*FLAGS, "--n_tokens_to_generate=8", "ROMEO:", stdin="JULIET:\n")
+    done = run_here(*FLAGS, "--n_tokens_to_generate=8", "ROMEO:", stdin="JULIET:\n")
     assert done.stdout == "".join(text_after(nano, prompt, 8) + "\n" for prompt in ("ROMEO:", "JULIET:"))
 
 
 def test_an_empty_line_first_begins_a_text_of_its_own(nano):
-    done = run(*FLAGS, "--n_tokens_to_generate=8", stdin="\n")
+    done = run_here(*FLAGS, "--n_tokens_to_generate=8", stdin="\n")
     assert done.stdout == text_after(nano, "", 8) + "\n"
 
 
@@ -161,7 +161,7 @@ def test_a_pipe_with_an_interrupt():
 
 
 def test_a_mistake_in_a_prompt_is_one_line_and_the_next_is_read(nano):
-    done = run(*FLAGS, "--n_tokens_to_generate=500", stdin="the king " * 30 + "\nROMEO:\n")
+    done = run_here(*FLAGS, "--n_tokens_to_generate=500", stdin="the king " * 30 + "\nROMEO:\n")
     assert done.returncode == 0 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and "exceed the context of 512" in done.stderr
     assert done.stdout == "\n" + text_after(nano, "ROMEO:", 500) + "\n"
@@ -183,7 +183,7 @@ def test_a_closed_stdin_is_the_end():
 
 @pytest.mark.parametrize("flags", [["--overflow=slide", "--slide_by=0"], ["--overflow=slide", "--slide_by=513"]])
 def test_bad_flags_end_it_before_a_prompt(flags):
-    done = run(*FLAGS, *flags, stdin="ROMEO:\n")
+    done = run_here(*FLAGS, *flags, stdin="ROMEO:\n")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and "slide_by is" in done.stderr
 
 
@@ -297,11 +297,11 @@ def test_the_cache_is_never_longer_than_what_is_known():
 
 def test_line_ends_of_windows_are_no_part_of_a_prompt():
     flags = (*FLAGS, "--n_tokens_to_generate=8")
-    assert run(*flags, stdin="ROMEO:\r\nJULIET:\r\n").stdout == run(*flags, stdin="ROMEO:\nJULIET:\n").stdout
+    assert run_here(*flags, stdin="ROMEO:\r\nJULIET:\r\n").stdout == run_here(*flags, stdin="ROMEO:\nJULIET:\n").stdout
 
 
 def test_without_a_seed_the_same_prompt_has_other_texts():
     flags = (*FLAGS, "--n_tokens_to_generate=8", "--temperature=1", "--ignore_eot")
-    assert len(set(run(*flags, "--stop=\n", stdin="A \n" * 8).stdout.split("\n"))) > 3
-    seeded = run(*flags, "--stop=\n", "--seed=3", stdin="A \n" * 3).stdout.split("\n")
+    assert len(set(run_here(*flags, "--stop=\n", stdin="A \n" * 8).stdout.split("\n"))) > 3
+    seeded = run_here(*flags, "--stop=\n", "--seed=3", stdin="A \n" * 3).stdout.split("\n")
     assert seeded[0] == seeded[1] == seeded[2]

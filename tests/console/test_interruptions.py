@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -119,14 +120,19 @@ TRACED = {module.__file__ for module in (fast, fast.threads, panels, shares)}
 
 
 def interrupted_at(n, action) -> bool:
-    """Call `action`, with a KeyboardInterrupt at the n-th line that this thread runs there. Whether it came so far."""
-    n_seen = 0
+    """Call `action`, with a KeyboardInterrupt at the n-th line that this thread runs there. Whether it came so far.
+
+    A line that comes again and again, as in a loop, counts twice only.
+    """
+    n_seen, visits = 0, Counter()
 
     def trace(frame, event, arg):
         nonlocal n_seen
         if frame.f_code.co_filename not in TRACED:
             return None
-        if event == "line":
+        place = (frame.f_code, frame.f_lineno)
+        visits[place] += event == "line"
+        if event == "line" and visits[place] <= 2:
             n_seen += 1
             if n_seen == n:
                 raise KeyboardInterrupt

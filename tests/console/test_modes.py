@@ -1,5 +1,7 @@
 """Every flag of gpt2.py and speculative.py through the command line."""
 
+import importlib
+import inspect
 import json
 import os
 import shutil
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from bundles import write_bundle
 from drafting import PAIR
-from helpers import MODELS, ROOT, run
+from helpers import MODELS, ROOT, run_here
 
 from checkpoints.tensorflow import read_checkpoint
 from console import modes
@@ -21,6 +23,7 @@ from decoding.scoring import score
 from gpt2 import generate
 
 NANO = ("gpt2.py", "--model_size=nano")
+NANO_PAIR = ("speculative.py", "--target_model_size=nano", "--draft_model_size=nano")
 PROMPT = "ROMEO:\nI"
 
 
@@ -36,7 +39,7 @@ def text_after(encoder_and_model, prompt, n_tokens, *args, **options):
 
 
 def out_of(*args, **options):
-    done = run(*args, **options)
+    done = run_here(*args, **options)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -93,11 +96,11 @@ def test_overflow_slides(nano, flags, slide_by):
     assert found == nano[0].decode(ids_after(nano, PROMPT, 700, slide_by=slide_by))
 
 
-def test_speculation_slides_too(tiny):
+def test_speculation_slides_too(nano):
     flags = ["--n_tokens_to_generate=560", "--overflow=slide", "--slide_by=50", "--ignore_eot", "--verify"]
-    done = run(*PAIR, PROMPT, *flags, "--n_draft=4")
+    done = run_here(*NANO_PAIR, PROMPT, *flags, "--n_draft=4")
     assert done.returncode == 0 and "verified: 560 tokens identical" in done.stderr
-    assert done.stdout == tiny[0].decode(ids_after(tiny, PROMPT, 560, slide_by=50))
+    assert done.stdout == nano[0].decode(ids_after(nano, PROMPT, 560, slide_by=50))
 
 
 def test_samples_are_the_texts_of_their_seeds(nano):
@@ -149,7 +152,7 @@ def test_top_shows_the_likeliest_tokens(nano):
     flags = ("--n_tokens_to_generate=6", "--top=4", "--temperature=1", "--seed=3")
     sample = make_sampler(1, seed=3)
     ids = ids_after(nano, PROMPT, 6, sample)
-    done = run(*NANO, PROMPT, *flags, "--json")
+    done = run_here(*NANO, PROMPT, *flags, "--json")
     assert (done.returncode, done.stdout) == (0, encoder.decode(ids))
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert [line["id"] for line in lines] == ids
@@ -162,7 +165,7 @@ def test_top_shows_the_likeliest_tokens(nano):
         np.testing.assert_allclose([token["probability"] for token in line["top"]], probabilities[best], rtol=1e-4)
         np.testing.assert_allclose(line["probability"], probabilities[ids[n]], rtol=1e-4)
         assert line["token"] == encoder.decode([ids[n]])
-    table = run(*NANO, PROMPT, *flags)
+    table = run_here(*NANO, PROMPT, *flags)
     assert table.stdout == done.stdout
     for row, line in zip(table.stderr.splitlines(), lines, strict=True):
         assert repr(line["token"]) in row and row.count("%") == 5
@@ -208,7 +211,7 @@ def test_a_smaller_stride_sees_more(tmp_path):
 def test_a_file_that_cannot_be_scored_is_one_line(tmp_path, content, message):
     if content is not None:
         (tmp_path / "text").write_bytes(content)
-    refused(run(*NANO, "--score", tmp_path / "text"), message)
+    refused(run_here(*NANO, "--score", tmp_path / "text"), message)
 
 
 def test_a_closed_stdin_cannot_be_scored():
@@ -231,12 +234,12 @@ def refused(done, message, status=1):
     [(["--stride=0"], "stride is 0"), (["--stride=513"], "a whole number from 1 to 512"), (["--stride=x"], "'x'")],
 )
 def test_a_bad_stride_is_one_line(flags, message):
-    refused(run(*NANO, "--score=README.md", *flags), message)
+    refused(run_here(*NANO, "--score=README.md", *flags), message)
 
 
 @pytest.mark.parametrize("flag", ["stop", "overflow", "slide_by", "n_samples", "n_beam", "top", "score", "stride"])
 def test_a_flag_without_its_value_is_one_line(flag):
-    refused(run(*NANO, "x", f"--{flag}"), f"--{flag} needs a value", status=2)
+    refused(run_here(*NANO, "x", f"--{flag}"), f"--{flag} needs a value", status=2)
 
 
 @pytest.fixture(scope="module")
@@ -254,21 +257,21 @@ def broken_models(tmp_path_factory):
 
 @pytest.mark.parametrize("flags", [[], ["--n_samples=2"], ["--n_beam=2"], ["--top=2"], ["--temperature=1"]])
 def test_weights_that_are_no_numbers_are_one_line(broken_models, flags):
-    done = run("gpt2.py", "--model_size=broken", "--models_dir", broken_models, PROMPT, *flags)
+    done = run_here("gpt2.py", "--model_size=broken", "--models_dir", broken_models, PROMPT, *flags)
     refused(done, "2 of 16384 numbers are NaN or infinite in blocks/1/mlp/c_fc/w")
 
 
 def test_the_same_with_a_file_to_score_and_with_speculation(broken_models):
     model = ("--models_dir", broken_models)
-    refused(run("gpt2.py", "--model_size=broken", *model, "--score=README.md"), "in blocks/1/mlp/c_fc/w")
+    refused(run_here("gpt2.py", "--model_size=broken", *model, "--score=README.md"), "in blocks/1/mlp/c_fc/w")
     pair = ("speculative.py", "--target_model_size=broken", "--draft_model_size=broken")
-    refused(run(*pair, *model, PROMPT), "in blocks/1/mlp/c_fc/w")
+    refused(run_here(*pair, *model, PROMPT), "in blocks/1/mlp/c_fc/w")
 
 
 def test_the_manual_names_every_flag():
     for program in ("gpt2", "speculative"):
         manual = out_of(f"{program}.py", "--help")
-        names = out_of("-c", f"import inspect, {program}; print(*inspect.signature({program}.main).parameters)").split()
+        names = list(inspect.signature(importlib.import_module(program).main).parameters)
         assert len(names) > 15 and not [name for name in names[1:] if f"--{name}" not in manual]
 
 

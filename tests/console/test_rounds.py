@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 from drafting import PAIR
-from helpers import MODELS, ROOT, run
+from helpers import MODELS, ROOT, run_here
 
 from console.rounds import compare_with_plain
 from decoding.sampling import greedy, make_sampler
@@ -22,7 +22,7 @@ from gpt2 import generate
 @pytest.mark.parametrize("sampling", [[], ["--temperature", "0.9", "--top_k", "50", "--top_p", "0.95", "--seed", "4"]])
 def test_verify_reports_identical_text(tiny, drafter, sampling):
     encoder, target = tiny
-    done = run(*PAIR, "ROMEO:", "--drafter", drafter, "--verify", *sampling)
+    done = run_here(*PAIR, "ROMEO:", "--drafter", drafter, "--verify", *sampling)
     assert done.returncode == 0 and "verified: 60 tokens identical" in done.stderr and "margin" in done.stderr
     sample = make_sampler(0.9, 50, 0.95, seed=4) if sampling else greedy
     assert done.stdout == encoder.decode(generate(target, encoder.encode("ROMEO:"), 60, sample))
@@ -30,7 +30,9 @@ def test_verify_reports_identical_text(tiny, drafter, sampling):
 
 def test_min_p_and_the_repetition_penalty_are_flags(tiny):
     encoder, target = tiny
-    done = run(*PAIR, "ROMEO:", "--verify", "--temperature=1", "--min_p=0.1", "--repetition_penalty=1.3", "--seed=2")
+    done = run_here(
+        *PAIR, "ROMEO:", "--verify", "--temperature=1", "--min_p=0.1", "--repetition_penalty=1.3", "--seed=2"
+    )
     assert done.returncode == 0 and "verified: 60 tokens identical" in done.stderr
     sample = make_sampler(1, min_p=0.1, repetition_penalty=1.3, seed=2)
     assert done.stdout == encoder.decode(generate(target, encoder.encode("ROMEO:"), 60, sample))
@@ -47,7 +49,7 @@ def test_verify_exits_with_1_at_a_difference(monkeypatch, tiny, capsys):
 
 
 def test_json_is_one_object_on_stderr():
-    done = run(*PAIR, "ROMEO:", "--json", "--n_draft", "4")
+    done = run_here(*PAIR, "ROMEO:", "--json", "--n_draft", "4")
     summary = json.loads(done.stderr)
     assert summary["tokens"] == 60 and summary["rounds"] < 60
     # A round makes its accepted guesses and one token more, but the last may end with an accepted guess.
@@ -56,7 +58,7 @@ def test_json_is_one_object_on_stderr():
 
 
 def test_stats_name_every_figure():
-    done = run(*PAIR, "ROMEO:", "--stats")
+    done = run_here(*PAIR, "ROMEO:", "--stats")
     for name in (
         "rounds",
         "accepted_per_round",
@@ -69,7 +71,7 @@ def test_stats_name_every_figure():
 
 
 def test_lookup_needs_no_draft_model():
-    done = run(*PAIR, "ROMEO:", "--drafter", "lookup", "--draft_model_size", "nowhere")
+    done = run_here(*PAIR, "ROMEO:", "--drafter", "lookup", "--draft_model_size", "nowhere")
     assert done.returncode == 0
 
 
@@ -80,7 +82,7 @@ def test_a_draft_with_another_vocabulary_is_one_line(tmp_path):
     lines = path.read_text(encoding="utf-8").split("\n")
     lines[1], lines[2] = lines[2], lines[1]
     path.write_text("\n".join(lines), encoding="utf-8")
-    done = run(*PAIR, "x", "--models_dir", tmp_path)
+    done = run_here(*PAIR, "x", "--models_dir", tmp_path)
     assert (done.returncode, done.stdout) == (1, "") and "nano has another vocabulary" in done.stderr
 
 
@@ -110,4 +112,4 @@ def test_show_colours_only_a_terminal():
     coloured = in_a_terminal({"NO_COLOR": ""})
     assert "\033[32m" in coloured and "\033[33m" in coloured
     assert "\033[" not in in_a_terminal({"NO_COLOR": "1"})
-    assert "\033[" not in run(*PAIR, "ROMEO:", "--show").stdout
+    assert "\033[" not in run_here(*PAIR, "ROMEO:", "--show").stdout

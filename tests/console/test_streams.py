@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from helpers import run
+from helpers import run, run_here
 from processes import FROM_STDIN, GPT2, SHORT, SHORT_SPECULATIVE, finish, start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and descriptors of POSIX")
@@ -120,7 +120,7 @@ def finish_closing(descriptors, args):
 
 @pytest.mark.parametrize("closed", ["0", "1", "2", "01", "02", "12", "012"])
 def test_closed_streams(closed):
-    whole = finish_with(SHORT)[1]
+    whole = run_here(*SHORT).stdout.encode()
     status, out, err = finish_closing(closed, [*SHORT, "--stats"])
     assert (status, out) == (0, b"" if "1" in closed else whole)
     assert (b"prefill" in err) == ("2" not in closed)
@@ -145,15 +145,15 @@ def test_stdin_that_is_needed_and_closed(args, status, message):
 def test_characters_that_stdout_has_not_are_escaped_and_said_once(encoding):
     """The whole text comes: what follows such a character too."""
     flags = ["--model_size=tiny", "--n_tokens_to_generate=60", "--temperature=3", "--seed=4", "--ignore_eot"]
-    texts = {}
+    environment, texts = {"PYTHONIOENCODING": encoding}, {}
     for name in ("utf-8", encoding):
-        done = run("gpt2.py", "x", *flags, env={"PYTHONIOENCODING": name})
+        done = run_here("gpt2.py", "x", *flags) if name == "utf-8" else run("gpt2.py", "x", *flags, env=environment)
         assert done.returncode == 0
         texts[name] = done.stdout
         assert done.stderr.count("which has not all characters") == (name != "utf-8")
     plain = texts["utf-8"].encode(encoding, "backslashreplace").decode(encoding)
     assert plain != texts["utf-8"] and texts[encoding] == plain
-    done = run("gpt2.py", "x", *flags, "--json", env={"PYTHONIOENCODING": encoding})
+    done = run("gpt2.py", "x", *flags, "--json", env=environment)
     assert json.loads(done.stdout)["text"] == texts["utf-8"] and done.stderr == ""
 
 

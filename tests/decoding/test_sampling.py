@@ -65,7 +65,7 @@ def test_noise_is_gumbel_distributed():
     assert abs(noise.var() - math.pi**2 / 6) < 0.02
 
 
-N_DRAWS = 100_000
+N_DRAWS = 40_000
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from helpers import ROOT, random_model, run
+from helpers import ROOT, random_model, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,6 +99,6 @@ def test_the_held_out_text_is_predicted_as_in_training(tmp_path):
     with open(CORPUS, encoding="utf-8") as f:
         text = f.read()
     (tmp_path / "held_out.txt").write_text(text[len(text) * 9 // 10 :], encoding="utf-8")
-    done = run("gpt2.py", "--model_size=tiny", "--score", tmp_path / "held_out.txt", "--json")
+    done = run_here("gpt2.py", "--model_size=tiny", "--score", tmp_path / "held_out.txt", "--json")
     values = json.loads(done.stdout)
     assert (values["tokens"], values["cross_entropy"]) == (43558, 3.8387) and done.stderr == ""

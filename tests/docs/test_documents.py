@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from helpers import ROOT, run
+from helpers import ROOT, run_here
 
 
 def text_of(name):
@@ -62,7 +62,7 @@ def test_console_blocks_of_the_readme_are_what_the_program_prints():
         if any(word in command for word in ("--stats", "--verify", "--interactive", "held_out")):
             continue
         args = shlex.split(command.replace("$'\\n\\n'", "'\n\n'").partition(" > ")[0])[1:]
-        done = run(*args)
+        done = run_here(*args)
         assert done.returncode == 0
         printed = done.stderr if "> /dev/null" in command else done.stdout
         assert printed.split() == output.split(), command

@@ -13,8 +13,14 @@ from checkpoints.tensorflow import verify_checkpoint
 from checkpoints.weights import nest_params
 from utils import load_encoder_hparams_and_params
 
-pytest.importorskip("tensorflow", reason="TensorFlow is not installed; it has no wheel for this Python yet")
-pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+# importorskip would import TensorFlow in every worker while tests are collected.
+pytestmark = [
+    pytest.mark.xdist_group("tensorflow"),
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("tensorflow", "tokenizers")),
+        reason="TensorFlow or tokenizers is not installed; TensorFlow has no wheel for this Python yet",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +42,14 @@ def speeches():
     return "\n\n".join(f"{rng.choice(words).upper()}:\n{' '.join(rng.choices(words, k=12))}" for _ in range(700))
 
 
-def test_training_writes_models_that_load(train_demo, tmp_path, capsys):
+def test_training_writes_models_that_load(train_demo, tmp_path, capsys, monkeypatch):
+    """With fewer layers and windows, which TensorFlow takes long to trace."""
+    monkeypatch.setitem(train_demo.TINY, "n_layer", 3)
+    monkeypatch.setattr(train_demo, "N_BATCH", 2)
     (tmp_path / "text.txt").write_text(speeches(), encoding="utf-8")
     train_demo.main(str(tmp_path / "text.txt"), models_dir=str(tmp_path), n_steps=1, n_distil_steps=1)
     printed = capsys.readouterr().out
-    for name, n_layer in (("tiny", 12), ("nano", 2)):
+    for name, n_layer in (("tiny", 3), ("nano", 2)):
         encoder, hparams, params = load_encoder_hparams_and_params(name, str(tmp_path))
         verify_checkpoint(str(tmp_path / name / "model.ckpt"))
         assert (hparams["n_layer"], hparams["n_vocab"], encoder.n_vocab) == (n_layer, 2048, 2048)
