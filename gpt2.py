@@ -221,11 +221,11 @@ class Model:
         return logits
 
 
-def load_model(model_size: str, models_dir: str | None = None):  # -> (Encoder, Model)
+def load_model(model_size: str, models_dir: str | None = None, **nanogpt):  # -> (Encoder, Model)
     """A model of `models_dir`, the folder beside this file unless given; an OpenAI size is downloaded if need be."""
     from utils import load_encoder_hparams_and_params  # which only programs need
 
-    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir)
+    encoder, hparams, params = load_encoder_hparams_and_params(model_size, models_dir, **nanogpt)
     return encoder, Model(hparams, params)
 
 
@@ -342,7 +342,7 @@ def forward_alone(model, cache, row, start, ids):  # -> [n_vocab], as a pass ove
 def main(options):
     stopwatch = stats.Stopwatch()
     text = modes.checked_text(options)  # all mistakes are found before a model is downloaded
-    encoder, model = load_model(options.model_size, options.models_dir)
+    encoder, model = load_model(options.model_size, options.models_dir, **flags.nanogpt_of(options))
     modes.write(options, text, encoder, model, generate, generate_batch, stopwatch)
 
 

@@ -21,7 +21,7 @@ from functools import partial
 import numpy as np
 
 from console import command
-from console.flags import SPECULATIVE, check_speculative, sampler_of, with_flags
+from console.flags import SPECULATIVE, check_speculative, nanogpt_of, sampler_of, with_flags
 from console.rounds import Recorder, compare_with_plain, write_rounds
 from console.streams import read_prompt
 from decoding.draft_length import Adaptive, common_length
@@ -149,7 +149,7 @@ def make_drafter(options, target: Model, target_encoder, sample: Sampler) -> Dra
     if options.drafter in ("lookup", "both"):
         drafters.append(PromptLookup(longest, options.n_gram))
     if options.drafter in ("model", "both"):
-        encoder, draft = load_model(options.draft_model_size, options.models_dir)
+        encoder, draft = load_model(options.draft_model_size, options.models_dir, **nanogpt_of(options))
         if encoder.tokens != target_encoder.tokens or encoder.merge_ranks != target_encoder.merge_ranks:
             raise ValueError(
                 f"{options.draft_model_size} has another vocabulary than the target; choose a draft of the same family"
@@ -166,7 +166,7 @@ def main(options):
     check_speculative(options)  # before a model is downloaded
     sample = sampler_of(options, options.seed)
     prompt = read_prompt(options.prompt)
-    encoder, target = load_model(options.target_model_size, options.models_dir)
+    encoder, target = load_model(options.target_model_size, options.models_dir, **nanogpt_of(options))
     recorder = Recorder(make_drafter(options, target, encoder, sample))
     prompt_ids = encoder.encode_prompt(prompt)
     slide_by = slide_of(options.overflow, options.slide_by, target.hparams["n_ctx"])

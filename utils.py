@@ -266,7 +266,7 @@ def verify(model_size: str, *, models_dir: str = MODELS_DIR, vocabulary: str | N
 
     MODEL_SIZE           124M, 355M, 774M or 1558M, a folder of models_dir, or a path
     --models_dir models  where the models are, beside the programs unless given
-    --vocabulary 124M    for nanoGPT's models without a meta.pkl: the model that has the same tokens
+    --vocabulary 124M    of nanoGPT's models without a meta.pkl: the model with the same tokens
 
     Reads every byte: checksums, those that are published among them, hyper-parameters, the vocabulary, whether the
     shapes are the model's, and whether all weights are finite. Status 1: something is wrong.
@@ -291,19 +291,30 @@ def verify(model_size: str, *, models_dir: str = MODELS_DIR, vocabulary: str | N
     )
 
 
-def convert(model_size: str, out: str, *, format: str = "", models_dir: str = MODELS_DIR):
+def convert(
+    model_size: str,
+    out: str,
+    *,
+    format: str = "",
+    models_dir: str = MODELS_DIR,
+    gelu: str | None = None,
+    vocabulary: str | None = None,
+):
     """Write a model to a folder of another form: python utils.py convert MODEL_SIZE OUT --format FORMAT [flags]
 
     MODEL_SIZE            any model, downloaded if need be; OUT is the folder to write, new or empty
     --format huggingface  as transformers saves it: model.safetensors, config.json, tokenizer.json and others
     --format openai       as OpenAI's files; what they cannot express, such as another activation, is refused
     --models_dir models   where the models are, beside the programs unless given
+    --gelu erf            of nanoGPT's models: erf, or tanh for those trained before June 2023
+    --vocabulary 124M     of nanoGPT's models without a meta.pkl: the model with the same tokens
 
     Every bit of the weights is kept. All files get their names when all are complete; none is overwritten.
     """
     from checkpoints.convert import convert_model  # which loading a model does not need
 
-    convert_model(load_encoder_hparams_and_params, model_size, models_dir, out, format)
+    load = functools.partial(load_encoder_hparams_and_params, gelu=gelu, vocabulary=vocabulary)
+    convert_model(load, model_size, models_dir, out, format)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def pattern_of(token: dict) -> str:
     text = re.escape(token["content"])
     if token.get("single_word"):
         text = rf"(?<!\w){text}(?!\w)"
-    return (r"\s*" if token.get("lstrip") else "") + text + (r"\s*" if token.get("rstrip") else "")
+    before = r"(?<!\s)\s*"  # from where white space begins, or each of its characters would be tried as a beginning
+    return (before if token.get("lstrip") else "") + text + (r"\s*" if token.get("rstrip") else "")
 
 
 def add_tokens(entries: list, path: str) -> tuple[dict[str, int], dict[str, str]]:

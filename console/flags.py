@@ -33,6 +33,10 @@ class Flag(NamedTuple):
 PROMPT = Flag(None, 'the text to continue; "-", or none and a pipe: it is read from stdin', str)
 LENGTH = {"n_tokens_to_generate": Flag(40, "how many tokens to add; fewer if the text ends")}
 MODELS_DIR = {"models_dir": Flag(None, "where the models are, beside the programs unless given", str, "models")}
+NANOGPT = {
+    "gelu": Flag(None, "of nanoGPT's models: erf, or tanh for those trained before June 2023", str, "erf"),
+    "vocabulary": Flag(None, "of nanoGPT's models without a meta.pkl: the model with the same tokens", str, "124M"),
+}
 SAMPLING = {
     "temperature": Flag(0, "0 takes the likeliest token; above, sample from softmax(logits / temperature)"),
     "top_k": Flag(0, "sample among the k likeliest only, 0: all"),
@@ -55,10 +59,14 @@ GPT2 = {
     | LENGTH
     | {
         "model_size": Flag(
-            "124M", "124M, 355M, 774M or 1558M, downloaded when first used, or a folder of models_dir", str
+            "124M",
+            "124M, 355M, 774M or 1558M, downloaded when first used, a folder of models_dir or a path\n"
+            "(OpenAI's files, Hugging Face's or nanoGPT's), or hf:OWNER/MODEL, which is fetched from the hub",
+            str,
         )
     }
-    | MODELS_DIR,
+    | MODELS_DIR
+    | NANOGPT,
     "Choosing tokens:": SAMPLING
     | {
         "n_samples": Flag(1, "so many texts, computed together, with the seeds N, N + 1, ..."),
@@ -94,6 +102,7 @@ SPECULATIVE = {
     }
     | LENGTH
     | MODELS_DIR
+    | NANOGPT
     | SAMPLING
     | ENDING
     | {
@@ -164,6 +173,7 @@ def check_shared(options) -> None:
     check_n_tokens(options.n_tokens_to_generate)
     check_stops(options.stop)
     check_overflow(options.overflow, options.slide_by)
+    check("gelu", options.gelu, options.gelu in (None, "erf", "tanh"), "erf or tanh")
     sampler_of(options, options.seed)
 
 
@@ -215,3 +225,8 @@ def sampler_of(options, seed: int | None):
     """The sampler that the flags ask for. ValueError: a value outside its range."""
     o = options
     return make_sampler(o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty, seed)
+
+
+def nanogpt_of(options) -> dict[str, str | None]:
+    """What loading one of nanoGPT's models is told."""
+    return {"gelu": options.gelu, "vocabulary": options.vocabulary}

@@ -9,7 +9,8 @@ new inputs over, minimised: tests/fuzz/fuzz_files.py -set_cover_merge=1 tests/fu
 
 An input's first byte says which file it is: c a checkpoint (the index up to its magic number, then the data), C the
 same with its checksums made right, h hparams.json, e encoder.json, m vocab.bpe, n nanoGPT's ckpt.pt, N the data.pkl of
-one, k its meta.pkl. Only a ValueError that names the file may come out, within MAX_SECONDS and MAX_GROWTH of memory.
+one, k its meta.pkl, s model.safetensors, j config.json, t tokenizer.json. Only a ValueError that names the file may
+come out, within MAX_SECONDS and MAX_GROWTH of memory.
 tests/checkpoints/test_fuzzing.py replays the kept inputs through `check`, without atheris.
 """
 
@@ -21,7 +22,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
-READING = ["checkpoints", "encoder", "utils"]  # the modules whose coverage guides the search
+READING = ["checkpoints", "encoder"]  # the modules whose coverage guides the search
 
 if __name__ == "__main__":
     import atheris  # only a run by hand needs it
@@ -29,10 +30,10 @@ if __name__ == "__main__":
     os.environ["TQDM_DISABLE"] = "1"  # the progress bar of a file of a hundred bytes
     with atheris.instrument_imports(include=READING):
         import encoder
-        from checkpoints import nanogpt, openai, tensorflow, weights
+        from checkpoints import huggingface, nanogpt, openai, safetensors, tensorflow, vocabulary, weights
 else:
     import encoder
-    from checkpoints import nanogpt, openai, tensorflow, weights
+    from checkpoints import huggingface, nanogpt, openai, safetensors, tensorflow, vocabulary, weights
 
 import torchfiles  # noqa: E402
 from bundles import MAGIC, with_right_checksums  # noqa: E402
@@ -112,6 +113,31 @@ def read_meta(content: bytes) -> None:
     assert characters.decode(characters.encode(text)) == text
 
 
+def read_safetensors(content: bytes) -> None:
+    path = put("model.safetensors", content)
+    for array in safetensors.read_safetensors(path, safetensors.read_header(path)).values():
+        assert array.dtype == "float32" and array.nbytes <= 4 * len(content)
+        array.tobytes()  # every byte can be read
+
+
+def read_config(content: bytes) -> None:
+    hparams, config = huggingface.read_config(put("config.json", content))
+    assert hparams["activation"] in ("gelu_new", "gelu", "relu", "silu") and hparams["n_embd"] % hparams["n_head"] == 0
+    eot_ids, _ = huggingface.special_ids(FOLDER.name, config, hparams["n_vocab"])
+    assert all(0 <= i < hparams["n_vocab"] for i in eot_ids)
+
+
+def read_tokenizer(content: bytes) -> None:
+    path = put("tokenizer.json", content)
+    found = vocabulary.read_tokenizer(path).within(1 << 20)
+    token_ids = encoder.check_token_ids(found.token_ids, path, found.added)
+    ranks = encoder.rank_merges(found.merges, token_ids, path)
+    mine = encoder.Encoder(token_ids, ranks, found.added, found.patterns, (), None, found.adds_space)
+    text = "the thing in a aaaaaaaaa 日🙂\n"
+    assert mine.decode(mine.encode(text)).strip() == text.strip()
+    mine.encode(text + "".join(found.added), allow_special=True)
+
+
 READERS = {
     b"c": lambda content: read_model(content, mended=False),
     b"C": lambda content: read_model(content, mended=True),
@@ -121,6 +147,9 @@ READERS = {
     b"n": read_nanogpt,
     b"N": read_pickle,
     b"k": read_meta,
+    b"s": read_safetensors,
+    b"j": read_config,
+    b"t": read_tokenizer,
 }
 
 
