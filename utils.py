@@ -291,19 +291,31 @@ def verify(model_size: str, *, models_dir: str = MODELS_DIR, vocabulary: str | N
     )
 
 
-def convert(model_size: str, out: str, *, format: str = "", models_dir: str = MODELS_DIR):
+def convert(
+    model_size: str,
+    out: str,
+    *,
+    format: str = "",
+    models_dir: str = MODELS_DIR,
+    gelu: str | None = None,
+    vocabulary: str | None = None,
+):
     """Write a model to a folder of another form: python utils.py convert MODEL_SIZE OUT --format FORMAT [flags]
 
     MODEL_SIZE            any model, downloaded if need be; OUT is the folder to write, new or empty
     --format huggingface  as transformers saves it: model.safetensors, config.json, tokenizer.json and others
     --format openai       as OpenAI's files; what they cannot express, such as another activation, is refused
     --models_dir models   where the models are, beside the programs unless given
+    --gelu erf            for nanoGPT's models: erf, or tanh, which it had before June 2023
+    --vocabulary 124M     for nanoGPT's models without a meta.pkl: the model that has the same tokens
 
     Every bit of the weights is kept. All files get their names when all are complete; none is overwritten.
     """
-    from checkpoints.convert import convert_model  # which loading a model does not need
+    from checkpoints.convert import check_target, write_model  # which loading a model does not need
 
-    convert_model(load_encoder_hparams_and_params, model_size, models_dir, out, format)
+    check_target(out, format, path_of(model_size, models_dir))  # all mistakes are found before a model is downloaded
+    model = load_encoder_hparams_and_params(model_size, models_dir, gelu, vocabulary)
+    print(f"{out}: {model_size} as {format}: {write_model(*model, out, format)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
