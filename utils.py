@@ -311,10 +311,11 @@ def convert(
 
     Every bit of the weights is kept. All files get their names when all are complete; none is overwritten.
     """
-    from checkpoints.convert import convert_model  # which loading a model does not need
+    from checkpoints.convert import check_target, write_model  # which loading a model does not need
 
-    load = functools.partial(load_encoder_hparams_and_params, gelu=gelu, vocabulary=vocabulary)
-    convert_model(load, model_size, models_dir, out, format)
+    check_target(out, format, path_of(model_size, models_dir))  # all mistakes are found before a model is downloaded
+    model = load_encoder_hparams_and_params(model_size, models_dir, gelu, vocabulary)
+    print(f"{out}: {model_size} as {format}: {write_model(*model, out, format)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

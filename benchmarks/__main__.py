@@ -3,6 +3,7 @@
 import os
 
 from benchmarks.endurance import endurance
+from benchmarks.evaluation import evaluate
 from benchmarks.explain import ablation, cache, components, load
 from benchmarks.measure import FOLDER
 from benchmarks.passes import batch, decode, prefill, rows
@@ -32,7 +33,7 @@ def all_tables(model_size: str = "random:124M", models_dir: str | None = None):
 
 
 COMMANDS = {table.__name__: table for table in OF_ANY_MODEL + OF_CERTAIN_MODELS}
-COMMANDS |= {"speculative": speculation, "endurance": endurance, "all": all_tables}
+COMMANDS |= {"speculative": speculation, "endurance": endurance, "eval": evaluate, "all": all_tables}
 
 if __name__ == "__main__":
     command.run(COMMANDS)

@@ -8,20 +8,20 @@ import contextlib
 import errno
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 from tqdm import tqdm
 
 from checkpoints import write_huggingface, write_openai
 from checkpoints.download import FULL, is_orphan, parts_of, private_part
-from checkpoints.writing import check_vocabulary, variables_of
+from checkpoints.weights import n_weights
+from checkpoints.writing import check_vocabulary
 
 FORMATS = {"huggingface": write_huggingface, "openai": write_openai}
 
 
-def check_target(out: str, form: str, sources: Sequence[str] = ()) -> None:
-    """ValueError: there is no such form, or `out` is one of the folders `sources`, a file, or has files in it."""
+def check_target(out: str, form: str, source: str | None = None) -> None:
+    """ValueError: there is no such form, or `out` is the model's own folder `source`, a file, or has files in it."""
     if form not in FORMATS:
         raise ValueError(f"format {form!r} is not known, expected --format {' or --format '.join(FORMATS)}")
     if not out:
@@ -30,7 +30,7 @@ def check_target(out: str, form: str, sources: Sequence[str] = ()) -> None:
         return
     if not os.path.isdir(out):
         raise ValueError(f"{out} is no folder; name one that is new or empty")
-    if any(os.path.isdir(source) and os.path.samefile(source, out) for source in sources):
+    if source and os.path.isdir(source) and os.path.samefile(source, out):
         raise ValueError(f"{out} is the model itself; name a folder that is new or empty")
     others = sorted(name for name in os.listdir(out) if not name.endswith(".part"))
     if others:
@@ -68,8 +68,8 @@ def check_space(out: str, n_bytes: int) -> None:
         raise OSError(errno.ENOSPC, f"{n_bytes / 1e6:,.1f} MB are to be written, {free / 1e6:,.1f} MB are free", out)
 
 
-def write_model(encoder, hparams: dict, params: dict, out: str, form: str) -> tuple[int, int]:
-    """Write a model to the folder `out`, which is made if need be: (number of files, bytes).
+def write_model(encoder, hparams: dict, params: dict, out: str, form: str) -> str:
+    """Write a model to the folder `out`, which is made if need be; return how much it is, in words.
 
     ValueError, before anything is written: what check_target refuses, or a model that the form cannot express.
     OSError: the disk is full, or may not be written to. Then, and after Ctrl-C, nothing is left.
@@ -82,15 +82,15 @@ def write_model(encoder, hparams: dict, params: dict, out: str, form: str) -> tu
     parts: dict[str, str] = {}
     try:
         os.makedirs(out, exist_ok=True)
-        n_weights = sum(array.nbytes for _, array in variables_of(params))
-        check_space(out, n_weights)
-        with tqdm(total=n_weights, unit="B", unit_scale=True, desc="convert", leave=False, disable=None) as bar:
+        n_bytes = 4 * n_weights(params)
+        check_space(out, n_bytes)
+        with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="convert", leave=False, disable=None) as bar:
             write_parts(files, out, parts, bar)
         n_bytes = sum(map(os.path.getsize, parts))
         check_target(out, form)  # another process may have been faster
         for part, path in parts.items():
             os.replace(part, path)
-        return len(parts), n_bytes
+        return f"{len(parts)} files, {n_bytes:,} bytes"
     except OSError as e:
         way_out = "free some space or name another folder" if e.errno in FULL else "name a folder that you may write to"
         raise OSError(e.errno, f"{e.strerror}; nothing was written: {way_out}", e.filename or out) from e
@@ -101,10 +101,3 @@ def write_model(encoder, hparams: dict, params: dict, out: str, form: str) -> tu
         if is_new:
             with contextlib.suppress(OSError):  # it has the model in it, or was not made
                 os.rmdir(out)
-
-
-def convert_model(load: Callable[[str, str], tuple], model_size: str, models_dir: str, out: str, form: str) -> None:
-    """Load a model and write it. Mistakes are found before it is loaded, and perhaps downloaded for that."""
-    check_target(out, form, (os.path.join(models_dir, model_size), model_size))
-    n_files, n_bytes = write_model(*load(model_size, models_dir), out, form)
-    print(f"{out}: {model_size} as {form}: {n_files} files, {n_bytes:,} bytes", file=sys.stderr)

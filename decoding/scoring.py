@@ -15,22 +15,36 @@ from decoding.sampling import check, is_whole, log_softmax
 N_ROWS = 256  # of logits at once: those of 1024 tokens would take 206 MB
 
 
-def score(model, ids: Sequence[int]) -> np.ndarray:
-    """The log-probability, in nats, of each id after the first, given those before it: float32[len(ids) - 1].
+def score_rest(model, ids: Sequence[int], n_given: int, cache=None) -> tuple[np.ndarray, np.ndarray]:
+    """Of each id from number `n_given` on: its log-probability given those before it, in nats, and whether no other is
+    likelier; float32 and bool[len(ids) - n_given].
 
-    ValueError: more than the context and one, an id outside the vocabulary.
+    `n_given` is 1 or more. `cache` may hold the first of the ids already, and holds all but the last afterwards: texts
+    that begin alike share it. ValueError: more than the context and one, an id outside the vocabulary.
     """
     n_ctx = model.hparams["n_ctx"]
     if len(ids) > n_ctx + 1:
         raise ValueError(f"{len(ids)} ids exceed the context: at most {n_ctx + 1} can be scored; cut them in windows")
     check_ids(ids, model.hparams["n_vocab"])
-    cache, scores = model.new_cache(n_seq=len(ids)), np.empty(max(0, len(ids) - 1), np.float32)
+    cache = cache or model.new_cache(n_seq=len(ids))
+    cache.length = min(cache.length, n_given - 1)  # the last given is fed, for its logits
+    scores, are_likeliest = np.empty(max(0, len(ids) - n_given), np.float32), np.empty(max(0, len(ids) - n_given), bool)
     for start in range(0, len(scores), N_ROWS):
         rows = slice(start, min(start + N_ROWS, len(scores)))
-        logits = model.forward([ids[rows]], cache, n_last=rows.stop - start)[0]
-        following = ids[start + 1 : rows.stop + 1]
+        stop = n_given - 1 + rows.stop
+        logits = model.forward([ids[cache.length : stop]], cache, n_last=rows.stop - start)[0]
+        following = np.asarray(ids[n_given + start : stop + 1])
         scores[rows] = log_softmax(logits)[np.arange(len(following)), following]
-    return scores
+        are_likeliest[rows] = logits.argmax(axis=-1) == following
+    return scores, are_likeliest
+
+
+def score(model, ids: Sequence[int]) -> np.ndarray:
+    """The log-probability, in nats, of each id after the first, given those before it: float32[len(ids) - 1].
+
+    ValueError: more than the context and one, an id outside the vocabulary.
+    """
+    return score_rest(model, ids, 1)[0]
 
 
 def windows(n_ids: int, n_ctx: int, stride: int) -> Iterator[tuple[slice, int]]:

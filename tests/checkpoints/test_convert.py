@@ -10,7 +10,9 @@ import sys
 import tracemalloc
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torchfiles
 from bundles import write_bundle
 from forms import read_json, read_safetensors, small_encoder, small_model
 from helpers import MODELS, ROOT, random_model, random_variables, run
@@ -19,6 +21,7 @@ import utils
 from checkpoints import convert, writing
 from checkpoints.convert import FORMATS, write_model
 from checkpoints.download import private_part
+from checkpoints.writing import variables_of
 from encoder import CharacterEncoder
 
 
@@ -44,6 +47,32 @@ def test_a_padded_vocabulary_is_written_as_it_was_read(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("has_biases", [False, True])
+def test_nanogpts_transposed_weights_are_written_in_order(form, has_biases, tmp_path):
+    shutil.copytree(os.path.join(MODELS, "nano"), tmp_path / "nano")
+    hparams = random_model(n_vocab=2112, n_embd=8, n_head=2).hparams
+    os.mkdir(tmp_path / "mine")
+    (tmp_path / "mine" / "ckpt.pt").write_bytes(torchfiles.checkpoint(hparams, has_biases))
+    settings = {"gelu": "tanh", "vocabulary": "nano"}
+    utils.convert("mine", str(tmp_path / "out"), format=form, models_dir=str(tmp_path), **settings)
+    encoder, hparams, params = utils.load_encoder_hparams_and_params("mine", str(tmp_path), **settings)
+    read_encoder, read_hparams, read_params = utils.load_encoder_hparams_and_params("out", str(tmp_path))
+    assert hparams["n_vocab"] == read_hparams["n_vocab"] == 2048 and read_encoder.tokens == encoder.tokens
+    expected = dict(variables_of(params))
+    for name, array in variables_of(read_params):
+        np.testing.assert_array_equal(array, expected[name], strict=True)
+    assert not params["blocks"][0]["attn"]["c_attn"]["w"].flags.c_contiguous
+
+
+def test_nanogpts_own_gelu_is_no_openais(tmp_path):
+    hparams = random_model(n_vocab=2048, n_embd=8, n_head=2).hparams
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(torchfiles.checkpoint(hparams))
+    with pytest.raises(ValueError, match="activation gelu, there it is gelu_new"):
+        utils.convert(str(path), str(tmp_path / "out"), format="openai", models_dir=MODELS, vocabulary="nano")
+
+
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_memory_holds_pieces_only(form, order, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "PIECE_SIZE", 1 << 16)
@@ -51,12 +80,12 @@ def test_memory_holds_pieces_only(form, order, tmp_path, monkeypatch):
     model = small_model(encoder, n_embd=256, n_layer=2, order=order)
     write_model(encoder, model.hparams, model.params, str(tmp_path / "warm"), form)
     tracemalloc.start()
-    n_files, n_bytes = write_model(encoder, model.hparams, model.params, str(tmp_path / "out"), form)
+    written = write_model(encoder, model.hparams, model.params, str(tmp_path / "out"), form)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     sizes = [os.path.getsize(tmp_path / "out" / name) for name in os.listdir(tmp_path / "out")]
-    assert (n_files, n_bytes) == (len(sizes), sum(sizes))
-    assert n_bytes > 6e6 and peak < 1e6
+    assert written == f"{len(sizes)} files, {sum(sizes):,} bytes"
+    assert sum(sizes) > 6e6 and peak < 1e6
 
 
 def test_the_program_says_what_it_wrote(tmp_path):

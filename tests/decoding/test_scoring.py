@@ -39,6 +39,21 @@ def test_scores_are_the_log_softmax_of_one_pass(n):
     np.testing.assert_array_equal(score(model, np.array(ids)), found)
 
 
+@pytest.mark.parametrize("n_given", [1, 2, 299, 300, 600, 601])
+def test_the_rest_of_a_text_is_scored_as_in_the_whole(n_given):
+    """With a cache that others have filled too: it is rolled back to what is given."""
+    model = random_model(n_ctx=600, n_layer=1)
+    ids = np.random.default_rng(n_given).integers(61, size=601).tolist()
+    whole, cache = score(model, ids), model.new_cache()
+    logits = model.forward([ids[:-1]], model.new_cache(), n_last=600)[0]
+    for _ in range(2):
+        scores, are_likeliest = scoring.score_rest(model, ids, n_given, cache)
+        assert scores.dtype == np.float32 and are_likeliest.dtype == bool
+        np.testing.assert_allclose(scores, whole[n_given - 1 :], rtol=0, atol=1e-4)
+        assert are_likeliest.tolist() == (logits.argmax(axis=-1) == ids[1:])[n_given - 1 :].tolist()
+        assert cache.length == (600 if n_given < 601 else 0)
+
+
 def test_a_single_token_has_no_score():
     assert score(MODEL, [3]).shape == score(MODEL, []).shape == (0,)
 
