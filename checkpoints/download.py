@@ -22,6 +22,7 @@ import requests
 import urllib3
 from tqdm import tqdm
 
+from checkpoints import DOWNLOAD_AGAIN
 from checkpoints.https import Session
 
 N_ATTEMPTS = 5  # in a row without a byte more; each that makes progress starts the count again
@@ -279,7 +280,7 @@ def download(url: str, path: str, check: Callable[[str], None], is_locked: bool)
                     raise
             except ValueError as e:
                 remove(private)
-                problem = str(e).replace(private, os.path.basename(path))
+                problem = str(e).replace(private, os.path.basename(path)).removesuffix(f"; {DOWNLOAD_AGAIN}")
                 raise ValueError(
                     f"{url} is not the file it should be: {problem}; "
                     "nothing was kept: try again, or another GPT2_BASE_URL"

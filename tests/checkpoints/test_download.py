@@ -161,8 +161,9 @@ def test_a_web_page_does_not_cost_the_part(server, tmp_path):
 @pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe", "model.ckpt.index", DATA])
 def test_one_flipped_bit_is_no_model(server, tmp_path, name):
     server.faults[name] = "flips a bit"
-    with pytest.raises(ValueError, match="is not the file it should be: .*expected"):
+    with pytest.raises(ValueError, match="is not the file it should be: .*expected.*; nothing was kept") as e:
         load(tmp_path)
+    assert "delete the file" not in str(e.value)  # it is not there
     assert not any(f.startswith(name) for f in files(tmp_path))
 
 
