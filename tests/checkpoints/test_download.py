@@ -325,6 +325,14 @@ def test_a_file_that_comes_zipped_though_not_asked_for_is_taken(server, pauses, 
     assert_whole(tmp_path)
 
 
+def test_weights_that_are_cut_without_a_length_go_on(server, pauses, tmp_path):
+    """Nothing in the answers says that there is more: the index does."""
+    server.faults[DATA] = "cuts without a length"
+    load(tmp_path)
+    assert_whole(tmp_path)
+    assert len(server.ranges()) > 3 and all(server.ranges()[1:])
+
+
 def test_a_length_of_thousands_of_digits_is_ignored(server, pauses, tmp_path):
     server.faults["hparams.json"] = "length " + "9" * 5000
     load(tmp_path)

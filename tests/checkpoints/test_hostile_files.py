@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from bundles import HPARAMS, entry_message, index_of, table, with_right_checksums, write_bundle
-from helpers import MODELS, ROOT, random_variables, read_bytes, run_here, write_bytes
+from helpers import MODELS, random_variables, read_bytes, run_here, write_bytes
 
 from checkpoints import openai
 from checkpoints.openai import MODEL_FILES
