@@ -6,9 +6,9 @@ Follows Radford et al. 2019 and openai/gpt-2's src/model.py, in the manner of pi
 """
 
 if __name__ == "__main__":
-    from console.interrupts import end_quietly
+    from console.start import start
 
-    end_quietly()  # before the other imports, which take most of a short run
+    start()  # before the other imports, which take most of a short run
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -12,9 +12,9 @@ A drafter is any callable (tokens, n_max) -> at most n_max guesses of what follo
 """
 
 if __name__ == "__main__":
-    from console.interrupts import end_quietly
+    from console.start import start
 
-    end_quietly()  # before the other imports, which take most of a short run
+    start()  # before the other imports, which take most of a short run
 
 from functools import partial
 

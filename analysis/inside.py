@@ -5,6 +5,8 @@
 All passes through the cache that a caller hands to Model.forward, so looking is a cache that keeps more.
 """
 
+import warnings
+
 import numpy as np
 
 from decoding.sampling import check, is_whole, log_softmax
@@ -72,9 +74,15 @@ def draw_attention(weights: np.ndarray, tokens: list[str], title: str, path: str
         axes.set_title(f"head {head}", fontsize=9)
         axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
         axes.set_yticks(range(len(tokens)), tokens, fontsize=7)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # an emoji is drawn as a box
+            figure.savefig(path, dpi=110)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, path) from e
+    finally:
+        pyplot.close(figure)
 
 
 def main(

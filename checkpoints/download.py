@@ -22,6 +22,7 @@ import requests
 import urllib3
 from tqdm import tqdm
 
+from checkpoints import DOWNLOAD_AGAIN
 from checkpoints.https import Session
 
 N_ATTEMPTS = 5  # in a row without a byte more; each that makes progress starts the count again
@@ -179,8 +180,11 @@ def is_size(text: str) -> bool:
     return text.isdecimal() and len(text) < 20
 
 
-def fetch_part(url: str, part: str) -> None:
-    """One attempt to bring `part` from the bytes it has to the whole file, with a progress bar."""
+def fetch_part(url: str, part: str, size: int | None) -> None:
+    """One attempt to bring `part` from the bytes it has to the whole file, with a progress bar.
+
+    `size`: the file's, if that is known; a server that does not say it may break off without a sign.
+    """
     n_have, validator = size_of(part), read_validator(part)
     with get(url, n_have, validator) as response:
         status, content_range = response.status_code, response.headers.get("Content-Range", "")
@@ -201,7 +205,7 @@ def fetch_part(url: str, part: str) -> None:
                 )
             n_have = 0
             begin(part, validator_of(response))
-        n_expected = whole_size(response, n_have)
+        n_expected = whole_size(response, n_have) or size
         check_space(part, n_expected and n_expected - n_have)
         label = "/".join(url.split("/")[-2:])
         with tqdm(desc=label, total=n_expected, initial=n_have, unit="B", unit_scale=True) as bar:
@@ -239,13 +243,13 @@ def is_final(error: Exception, n_have: int) -> bool:
     return n_have == 0 and "Max retries" in str(error)  # there is most likely no network: no use in waiting
 
 
-def fetch(url: str, path: str, part: str) -> None:
+def fetch(url: str, path: str, part: str, size: int | None) -> None:
     """Bring `part` to the whole file, or another process the file itself. ConnectionError: it cannot be had now."""
     n_failed = 0
     while not os.path.exists(path):
         n_before = size_of(part)
         try:
-            return fetch_part(url, part)
+            return fetch_part(url, part, size)
         except (requests.RequestException, urllib3.exceptions.HTTPError) as e:  # requests lets some of the latter out
             n_now = size_of(part)
             n_failed = 1 if n_now > n_before else n_failed + 1
@@ -257,8 +261,10 @@ def fetch(url: str, path: str, part: str) -> None:
             time.sleep(pause)
 
 
-def download(url: str, path: str, check: Callable[[str], None], is_locked: bool) -> None:
+def download(url: str, path: str, check: Callable[[str], None], is_locked: bool, size: int | None = None) -> None:
     """Fetch a file, unless another process does so first; `check` raises a ValueError if its argument is not the file.
+
+    `size` is the file's, where it is known before.
 
     ValueError: the server has something else. ConnectionError: it cannot be had now. OSError: it cannot be written.
     """
@@ -267,7 +273,7 @@ def download(url: str, path: str, check: Callable[[str], None], is_locked: bool)
     adopt(path, part)
     try:
         while not os.path.exists(path):
-            fetch(url, path, part)
+            fetch(url, path, part, size)
             # What is checked is out of the others' reach.
             if os.path.exists(path) or (part != private and not move(part, private)):
                 continue
@@ -279,7 +285,7 @@ def download(url: str, path: str, check: Callable[[str], None], is_locked: bool)
                     raise
             except ValueError as e:
                 remove(private)
-                problem = str(e).replace(private, os.path.basename(path))
+                problem = str(e).replace(private, os.path.basename(path)).removesuffix(f"; {DOWNLOAD_AGAIN}")
                 raise ValueError(
                     f"{url} is not the file it should be: {problem}; "
                     "nothing was kept: try again, or another GPT2_BASE_URL"

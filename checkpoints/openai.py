@@ -13,7 +13,7 @@ import os
 import reprlib
 
 from checkpoints import DOWNLOAD_AGAIN
-from checkpoints.tensorflow import data_path, read_index, verify_checkpoint
+from checkpoints.tensorflow import data_path, data_size, read_index, verify_checkpoint
 
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 D_HEAD = 64  # in all OpenAI sizes
@@ -126,7 +126,8 @@ def download_model(model_size: str, models_dir: str) -> None:
                 check = functools.partial(check_file, model_size, name, folder=folder)
                 url, path = f"{base_url}/{model_size}/{name}", os.path.join(folder, name)
                 try:
-                    download.download(url, path, check, is_locked)
+                    size = data_size(os.path.join(folder, CHECKPOINT)) if name == DATA else None
+                    download.download(url, path, check, is_locked, size)
                 except ConnectionError as e:
                     raise ConnectionError(f"{e}; {OFFLINE_HINT}") from e
                 except ValueError:

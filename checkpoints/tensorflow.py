@@ -184,6 +184,11 @@ def check_layout(prefix: str, n_shards: int, entries: dict[str, Entry], path: st
             raise ValueError(f"{shard_path} has {size} bytes, expected {end} as its index says; {DOWNLOAD_AGAIN}")
 
 
+def data_size(prefix: str) -> int:
+    """The bytes of the data file, as the index has them."""
+    return max((entry.offset + entry.size for entry in read_index(prefix + ".index")[2].values()), default=0)
+
+
 def mapped(path: str) -> mmap.mmap | bytes:
     with open(path, "rb") as f:
         is_empty = not os.fstat(f.fileno()).st_size

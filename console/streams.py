@@ -82,8 +82,9 @@ def read_file(path: str) -> str:
 
 def write_text(pieces: Iterable[str]) -> None:
     """Write text to stdout as it comes. A terminal gets a last line end; a pipe or a file the text and nothing else."""
-    text = ""
+    last = ""
     for text in pieces:
+        last = text or last
         try:
             sys.stdout.write(text)
         except UnicodeEncodeError as e:
@@ -91,5 +92,5 @@ def write_text(pieces: Iterable[str]) -> None:
             sys.stdout.reconfigure(errors="backslashreplace")
             sys.stdout.write(text)
         sys.stdout.flush()
-    if sys.stdout.isatty() and not text.endswith("\n"):
+    if sys.stdout.isatty() and not last.endswith("\n"):
         sys.stdout.write("\n")

@@ -1,9 +1,12 @@
 """Where a text ends, and what happens at the end of the context."""
 
+import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 
 from decoding.sampling import check, is_whole
+
+CONTINUING = bytes(range(0x80, 0xC0))  # all bytes of a character in UTF-8 but its first
 
 
 def before_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
@@ -33,9 +36,17 @@ def has_ended(encoder, ids: Sequence[int], stops: Sequence[str], ignore_eot: boo
     """Whether the newest of `ids` is <|endoftext|> (unless that is ignored) or completes one of `stops`."""
     if ids[-1] in encoder.eot_ids and not ignore_eot:
         return True
-    n_bytes = max((len(stop.encode()) for stop in stops), default=0)  # a token has one or more
-    text = encoder.decode(ids[-n_bytes - 3 :]) if stops else ""  # a character has up to four
+    if not stops:
+        return False
+    n_bytes = max(len(stop.encode("utf-8", "surrogatepass")) for stop in stops)  # a token has one or more
+    text = whole_characters(b"".join(map(encoder.token_bytes, ids[-n_bytes - 3 :])), is_cut=len(ids) > n_bytes + 3)
     return any(stop in text for stop in stops)
+
+
+def whole_characters(utf8: bytes, is_cut: bool) -> str:
+    """The text without the rest of a character that begins before it, if it is cut there, and without half of one."""
+    n_rest = len(utf8[:3]) - len(utf8[:3].lstrip(CONTINUING)) if is_cut else 0
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(utf8[n_rest:])
 
 
 def check_stops(stops: Sequence[str]) -> None:

@@ -1,12 +1,17 @@
 """Hidden states, attention weights and their picture."""
 
+import os
+import sys
+import warnings
+
 import numpy as np
 import pytest
-from helpers import MODELS, random_model, run, run_here
+from helpers import MODELS, outcome, random_model, run, run_here
 from reference import reference_inside, reference_logits
 
 from analysis import inside
 from analysis.inside import Trace, look_inside
+from console import command
 
 pytestmark = pytest.mark.xdist_group("matplotlib")
 MODEL = random_model()
@@ -87,6 +92,25 @@ def test_any_number_of_heads_is_drawn(tmp_path, n_heads):
     pytest.importorskip("matplotlib")
     inside.draw_attention(np.ones((n_heads, 1, 1), np.float32), ["a"], "one token", str(tmp_path / "a.png"))
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_characters_without_a_picture_are_boxes_without_a_word(tmp_path):
+    pytest.importorskip("matplotlib")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inside.draw_attention(np.ones((1, 2, 2), np.float32), ["🙂", "日"], "$\\no$ 🙂", str(tmp_path / "a.png"))
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_names_the_picture(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "a.png"
+    path.symlink_to("/dev/full")
+    argv = ["analysis", "x", "--model_size=nano", "--models_dir", MODELS, "--path", str(path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    found = outcome(lambda: command.run(inside.main))
+    assert found == (1, "", f"error: {path}: No space left on device\n")
 
 
 @pytest.mark.parametrize(

@@ -161,8 +161,9 @@ def test_a_web_page_does_not_cost_the_part(server, tmp_path):
 @pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe", "model.ckpt.index", DATA])
 def test_one_flipped_bit_is_no_model(server, tmp_path, name):
     server.faults[name] = "flips a bit"
-    with pytest.raises(ValueError, match="is not the file it should be: .*expected"):
+    with pytest.raises(ValueError, match="is not the file it should be: .*expected.*; nothing was kept") as e:
         load(tmp_path)
+    assert "delete the file" not in str(e.value)  # it is not there
     assert not any(f.startswith(name) for f in files(tmp_path))
 
 
@@ -322,6 +323,14 @@ def test_a_file_that_comes_zipped_though_not_asked_for_is_taken(server, pauses, 
     server.faults[name] = "zips"
     load(tmp_path)
     assert_whole(tmp_path)
+
+
+def test_weights_that_are_cut_without_a_length_go_on(server, pauses, tmp_path):
+    """Nothing in the answers says that there is more: the index does."""
+    server.faults[DATA] = "cuts without a length"
+    load(tmp_path)
+    assert_whole(tmp_path)
+    assert len(server.ranges()) > 3 and all(server.ranges()[1:])
 
 
 def test_a_length_of_thousands_of_digits_is_ignored(server, pauses, tmp_path):

@@ -228,3 +228,22 @@ def test_without_docstrings_there_is_a_manual_or_a_word():
 def test_an_old_numpy_is_named():
     done = run("-c", "import numpy; numpy.__version__ = '1.26.4'; del numpy.vecdot; import gpt2")
     assert "NumPy 2.0 or newer is needed, this is 1.26.4" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("package", "line"),
+    [
+        (
+            "numpy.__version__ = '1.26.4'; del numpy.vecdot",
+            "NumPy 2.0 or newer is needed, this is 1.26.4; pip install --",
+        ),
+        (
+            "import sys; sys.modules['regex'] = None",
+            "regex halted; None in sys.modules; pip install -r requirements-gen",
+        ),
+    ],
+)
+def test_a_package_that_is_old_or_missing_is_one_line(tmp_path, package, line):
+    (tmp_path / "sitecustomize.py").write_text(f"import numpy; {package}")
+    done = run("gpt2.py", "x", "--model_size=nano", env={"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and line in done.stderr

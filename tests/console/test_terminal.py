@@ -1,14 +1,21 @@
 """A terminal that is resized, or closed."""
 
+import io
 import itertools
 import os
 import select
 import signal
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 from processes import GPT2, restore_sigint, start
+
+from console import modes
+from console.streams import write_text
+from decoding.sampling import greedy
+from gpt2 import generate_batch
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and descriptors of POSIX")
 
@@ -61,6 +68,37 @@ class Terminal:
         self.process.wait()
         if self.master is not None:
             os.close(self.master)
+
+
+class Shown(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"), [(["a", "b"], "ab\n"), (["a\n"], "a\n"), (["a\n", ""], "a\n"), (["a\n\n", "", ""], "a\n\n")]
+)
+def test_a_text_in_a_terminal_ends_with_its_line(monkeypatch, pieces, shown):
+    """And with no other, as those of --json, --score and --n_samples, which end with one."""
+    monkeypatch.setattr(sys, "stdout", Shown())
+    write_text(pieces)
+    assert sys.stdout.getvalue() == shown
+
+
+def test_samples_beams_and_scores_have_no_blank_line_after_them(monkeypatch, nano):
+    encoder, model = nano
+    monkeypatch.setattr(sys, "stdout", Shown())
+
+    def text_of(ids):
+        return ["text", ""]
+
+    for json in (False, True):
+        complete = partial(generate_batch, model, n_tokens=2)
+        modes.write_samples(complete, text_of, [1], lambda seed: greedy, iter([1, 2]), json)
+        modes.write_score(model, encoder, "to be or not", 512, json)
+    modes.write_beams(lambda: [(0.5, [1]), (0.25, [2])], text_of, True)
+    lines = sys.stdout.getvalue().splitlines()
+    assert len(lines) > 8 and all(lines)
 
 
 def test_a_terminal_that_is_resized_all_the_time(tiny):

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decoding.stopping import before_stop, check_overflow, check_stops, has_ended, slide_of, text_until_end
+from encoder import BYTE_TO_CHAR
 
 PIECES = st.lists(st.text("ab", max_size=3), max_size=12)
 STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
@@ -63,6 +64,22 @@ def test_the_end_is_seen_at_the_token_that_completes_it(tiny, before, stop):
     read = []
     list(text_until_end(encoder, (read.append(i) or i for i in ids), [stop], True))
     assert len(read) == n
+
+
+@given(st.binary(max_size=12), st.sampled_from(["\ufffd", "\ufffd" * 3, "\ufffdA", "🙂\ufffd", "🙂"]))
+def test_bytes_that_are_no_characters_end_a_text_as_they_are_shown(tiny, noise, stop):
+    """The beginning of a character is none yet, nor is its end what stands where the text is cut to look at its end."""
+    encoder, _ = tiny
+    utf8 = "🙂A🙂".encode()
+    ids = [encoder.token_ids[BYTE_TO_CHAR[b]] for b in utf8 + bytes(utf8[b % len(utf8)] for b in noise)]
+    read = []
+    list(text_until_end(encoder, (read.append(i) or i for i in ids), [stop], True))
+    assert next((n for n in range(1, len(ids) + 1) if has_ended(encoder, ids[:n], [stop], True)), len(ids)) == len(read)
+
+
+def test_a_stop_that_no_text_can_hold_never_ends_one(tiny):
+    encoder, _ = tiny
+    assert not has_ended(encoder, encoder.encode("a\udcff"), ["\udcff"], True)
 
 
 def test_endoftext_ends_unless_it_is_ignored(tiny):
