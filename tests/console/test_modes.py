@@ -130,7 +130,7 @@ def test_seeds_begin_anew_after_the_last():
 @pytest.mark.parametrize("penalty", [1.0, 0.0])
 def test_beams(nano, penalty):
     encoder, model = nano
-    beams = beam_search(model, encoder.encode(PROMPT), 12, 3, penalty, encoder.eot_id)
+    beams = beam_search(model, encoder.encode(PROMPT), 12, 3, penalty, encoder.eot_ids)
     flags = (*NANO, PROMPT, "--n_beam", "3", "--length_penalty", str(penalty), "--n_tokens_to_generate=12")
     assert out_of(*flags) == encoder.decode(beams[0][1])
     lines = [json.loads(line) for line in out_of(*flags, "--json").splitlines()]
