@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 from helpers import ROOT
-from torchfiles import archive, array_of, name_of, one_tensor, opened, pickled
+from torchfiles import WHOLE, archive, array_of, name_of, one_tensor, opcodes, opened, pickled, tensor
 
 from checkpoints.pickles import Damaged
 from checkpoints.pytorch import MAX_DIRECTORY, MAX_PICKLE, TorchFile
@@ -149,6 +149,7 @@ REBUILD, PARAMETER = name_of("torch._utils", "_rebuild_tensor_v2"), name_of("tor
         bytes(REBUILD) + b"(ctorch\nFloatStorage\nK\0))\x89NtR.",
         bytes(PARAMETER) + b")R.",
         bytes(PARAMETER) + b"NNN\x87R.",
+        tensor(*WHOLE)[:-2] + opcodes({"neg": True}) + b"tR.",  # numbers to be negated when they are read
         b"ccollections\nOrderedDict\n](]K\1\x86etR.",
         b"ctorch\nFloatStorage\n)R.",
         pickled(("storage", name_of("torch", "FloatStorage"), "0", "cpu", 12))[:-1] + b"\x85Q.",
