@@ -9,8 +9,8 @@ new inputs over, minimised: tests/fuzz/fuzz_files.py -set_cover_merge=1 tests/fu
 
 An input's first byte says which file it is: c a checkpoint (the index up to its magic number, then the data), C the
 same with its checksums made right, h hparams.json, e encoder.json, m vocab.bpe, n nanoGPT's ckpt.pt, N the data.pkl of
-one, k its meta.pkl, s model.safetensors, j config.json, t tokenizer.json. Only a ValueError that names the file may
-come out, within MAX_SECONDS and MAX_GROWTH of memory.
+one, a an archive of torch.save with its end made right, k nanoGPT's meta.pkl, s model.safetensors, j config.json, t
+tokenizer.json. Only a ValueError that names the file may come out, within MAX_SECONDS and MAX_GROWTH of memory.
 tests/checkpoints/test_fuzzing.py replays the kept inputs through `check`, without atheris.
 """
 
@@ -106,6 +106,15 @@ def read_pickle(content: bytes) -> None:
     read_nanogpt(torchfiles.archive({"data.pkl": content, **storages}))
 
 
+def read_archive(content: bytes) -> None:
+    path = put("ckpt.pt", torchfiles.with_right_end(content))
+    with nanogpt.faults_named(path, "copy it again"):
+        file = nanogpt.TorchFile(path)
+        if hasattr(file.content, "shape"):
+            assert file.array(file.content).tobytes()  # every byte can be read
+        file.verify()
+
+
 def read_meta(content: bytes) -> None:
     ids = nanogpt.read_meta(put("meta.pkl", content))
     text = "".join(ids)
@@ -146,6 +155,7 @@ READERS = {
     b"m": read_merges,
     b"n": read_nanogpt,
     b"N": read_pickle,
+    b"a": read_archive,
     b"k": read_meta,
     b"s": read_safetensors,
     b"j": read_config,
