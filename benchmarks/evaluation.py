@@ -180,12 +180,20 @@ def hellaswag(encoder, model, examples: Iterator[tuple[str, Choice]]) -> dict[st
 TASKS = {"lambada": (parse_last_word, lambada), "hellaswag": (parse_choice, hellaswag)}
 
 
-def evaluate(model_size: str, file: str, models_dir: str | None = None, *, task: str | None = None):
+def evaluate(
+    model_size: str,
+    file: str,
+    models_dir: str | None = None,
+    *,
+    task: str | None = None,
+    gelu: str | None = None,
+    vocabulary: str | None = None,
+):
     """Last words (LAMBADA) or endings (HellaSwag) of a local JSONL file: eval MODEL FILE [--task lambada|hellaswag]
 
     LAMBADA's lines are {"text": ...}, HellaSwag's {"ctx": ..., "endings": [...], "label": 0}; --task is what the first
     line looks like unless given. Accuracy with its standard error, and for OpenAI's models what is published of the
-    whole test set. How it is counted: the head of benchmarks/evaluation.py.
+    whole test set. How it is counted: the head of benchmarks/evaluation.py. --gelu and --vocabulary are gpt2.py's.
     """
     lines = read_lines(file)
     task = task or ("hellaswag" if "endings" in lines[0][1] else "lambada")
@@ -193,7 +201,7 @@ def evaluate(model_size: str, file: str, models_dir: str | None = None, *, task:
         raise ValueError(f"task {task!r} is not known, expected {' or '.join(TASKS)}")
     parse, measure = TASKS[task]
     examples = [(where, located(where, parse, line)) for where, line in lines]  # all mistakes before the first pass
-    encoder, model = gpt2.load_model(model_size, models_dir)
+    encoder, model = gpt2.load_model(model_size, models_dir, gelu=gelu, vocabulary=vocabulary)
     found = measure(encoder, model, tqdm(examples, desc=task, unit=" lines", disable=None))
     published = PUBLISHED.get((task, model_size), {})
     column = f"published, n = {N_PUBLISHED[task]}"

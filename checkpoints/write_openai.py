@@ -151,7 +151,5 @@ def files(encoder, hparams: dict, params: dict) -> Iterator[tuple[str, Iterator[
     yield "vocab.bpe", iter([merges_text(encoder)])
     yield "checkpoint", iter([paths.encode()])
     yield data_path(CHECKPOINT), data_pieces(variables, entries)
-    yield (
-        CHECKPOINT + ".index",
-        iter([index_of({name.encode(): entry_message(entry) for name, entry in entries.items()})]),
-    )
+    messages = {name.encode(): entry_message(entry) for name, entry in entries.items()}  # which is complete by now
+    yield CHECKPOINT + ".index", iter([index_of(messages)])
