@@ -12,12 +12,11 @@ import json
 import os
 import reprlib
 
-from checkpoints import DOWNLOAD_AGAIN
+from checkpoints import DOWNLOAD_AGAIN, OPENAI_SIZES
 from checkpoints.tensorflow import data_path, data_size, read_index, verify_checkpoint
 
 OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 D_HEAD = 64  # in all OpenAI sizes
-OPENAI_SIZES = ("124M", "355M", "774M", "1558M")
 HPARAMS, TOKEN_IDS, MERGES = "hparams.json", "encoder.json", "vocab.bpe"
 CHECKPOINT = "model.ckpt"
 INDEX, DATA = CHECKPOINT + ".index", data_path(CHECKPOINT)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from checkpoints import OPENAI_N_CTX, OPENAI_SIZES
 from decoding.requests import check_length_penalty, check_n_tokens, check_request
 from decoding.sampling import check, is_whole, make_sampler
 from decoding.stopping import check_overflow, check_stops, slide_of
@@ -13,9 +14,6 @@ from decoding.stopping import check_overflow, check_stops, slide_of
 # ----------------------------------------------------------------------------------------------------------------------
 # The tables
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-OPENAI_SIZES, OPENAI_N_CTX = ("124M", "355M", "774M", "1558M"), 1024
 
 
 class Flag(NamedTuple):

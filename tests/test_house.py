@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "fast": set(),
     "decoding": {"fast"},
     "checkpoints": set(),
-    "console": {"decoding"},
+    "console": {"checkpoints", "decoding"},
     "analysis": {"console", "decoding", "gpt2"},
     "benchmarks": PROGRAMS | ROOMS,
 }
