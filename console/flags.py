@@ -29,7 +29,7 @@ class Flag(NamedTuple):
 
 
 PROMPT = Flag(None, 'the text to continue; "-", or none and a pipe: it is read from stdin', str)
-LENGTH = {"n_tokens_to_generate": Flag(40, "how many tokens to add; fewer if the text ends")}
+LENGTH = {"n_tokens_to_generate": Flag(40, "how many tokens to add; fewer if the model ends the text")}
 MODELS_DIR = {"models_dir": Flag(None, "where the models are, beside the programs unless given", str, "models")}
 NANOGPT = {
     "gelu": Flag(None, "of nanoGPT's models: erf, or tanh for those trained before June 2023", str, "erf"),
@@ -37,17 +37,17 @@ NANOGPT = {
 }
 SAMPLING = {
     "temperature": Flag(0, "0 takes the likeliest token; above, sample from softmax(logits / temperature)"),
-    "top_k": Flag(0, "sample among the k likeliest only, 0: all"),
-    "top_p": Flag(1.0, "sample among the likeliest that together have this probability"),
-    "min_p": Flag(0.0, "sample among those with this share of the highest probability or more"),
+    "top_k": Flag(0, "sample among the k likeliest tokens only; 0: among all"),
+    "top_p": Flag(1.0, "sample among the likeliest tokens that together have this probability"),
+    "min_p": Flag(0.0, "sample among tokens with at least this share of the highest probability"),
     "repetition_penalty": Flag(1.0, "above 1, make tokens that are in the text already less likely"),
-    "seed": Flag(None, "the same seed gives the same text, with any drafter and without", shown="N"),
+    "seed": Flag(None, "the same seed gives the same text; a drafter does not change it", shown="N"),
 }
 ENDING = {
-    "stop": Flag((), "end before this text; may be repeated", list[str], "TEXT"),
+    "stop": Flag((), "end before this text; may be given several times", list[str], "TEXT"),
     "ignore_eot": Flag(False, "go on after <|endoftext|>", bool),
-    "overflow": Flag("error", "more tokens than the context holds: error, or slide, which forgets the oldest", str),
-    "slide_by": Flag(None, "how many it forgets at a time, half of the context unless given", shown="N"),
+    "overflow": Flag("error", "a text longer than the context: error, or slide, which forgets the oldest tokens", str),
+    "slide_by": Flag(None, "how many tokens slide forgets at a time, half of the context unless given", shown="N"),
 }
 
 GPT2 = {
@@ -67,24 +67,24 @@ GPT2 = {
     | NANOGPT,
     "Choosing tokens:": SAMPLING
     | {
-        "n_samples": Flag(1, "so many texts, computed together, with the seeds N, N + 1, ..."),
-        "n_beam": Flag(1, "above 1, the best text that beam search finds with so many beams"),
+        "n_samples": Flag(1, "this many texts, computed together, with the seeds N, N + 1, ..."),
+        "n_beam": Flag(1, "above 1, the best text that beam search finds with this many beams"),
         "length_penalty": Flag(1.0, "beams are compared by log-probability / length ** length_penalty"),
     },
     "Ending:": ENDING,
     "Looking closer:": {
         "interactive": Flag(False, "read prompts one after another; an empty line goes on with the text", bool),
-        "top": Flag(0, "the so many likeliest tokens at each step, with their probabilities, to stderr"),
+        "top": Flag(0, "at each step, this many of the likeliest tokens and their probabilities, on stderr"),
         "score": Flag(
             None, "how well the model predicts a file: cross-entropy, perplexity, bits per byte", str, "FILE"
         ),
         "stride": Flag(
             None,
-            "with --score: how far the window moves, the context unless given; less sees more of\n"
-            "the text before each token, and takes longer",
+            "with --score: how many tokens the window moves, the context unless given; with fewer\n"
+            "each token is scored after more text, which takes longer",
             shown="N",
         ),
-        "json": Flag(False, "one object a line instead of text, for --top on stderr", bool),
+        "json": Flag(False, "JSON instead of text, one object a line; with --top for its lines on stderr", bool),
         "stats": Flag(False, "print times, speed and memory to stderr", bool),
     },
 }
@@ -95,7 +95,7 @@ SPECULATIVE = {
         "target_model_size": Flag("1558M", "the model whose text it is", str),
         "draft_model_size": Flag("124M", "the model that guesses", str),
         "drafter": Flag("model", "model, lookup (no second model: guesses from the text itself) or both", str),
-        "n_draft": Flag(None, "guesses a round; without it, as many as pay by what was measured", shown="N"),
+        "n_draft": Flag(None, "guesses a round; without it, as many as pay, which is measured as it runs", shown="N"),
         "n_gram": Flag(3, "the longest n-gram that lookup looks for"),
     }
     | LENGTH
@@ -104,10 +104,10 @@ SPECULATIVE = {
     | SAMPLING
     | ENDING
     | {
-        "verify": Flag(False, "decode plainly too, compare, exit with 1 if the texts differ", bool),
-        "stats": Flag(False, "rounds, acceptance, times and memory to stderr; --json: as one object", bool),
-        "json": Flag(False, "as --stats, one object", bool),
-        "show": Flag(False, "colour the text by origin, in a terminal", bool),
+        "verify": Flag(False, "decode without a draft too and compare; status 1 if the texts differ", bool),
+        "stats": Flag(False, "rounds, acceptance, times and memory, to stderr", bool),
+        "json": Flag(False, "what --stats prints, as one JSON object", bool),
+        "show": Flag(False, "in a terminal, colour accepted guesses, corrections and other tokens", bool),
     }
 }
 

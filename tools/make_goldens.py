@@ -145,6 +145,7 @@ def log_probabilities(gpt2, ids: list[int]) -> list[float]:
 
 
 def main(path: str = os.path.join(ROOT, "tests", "goldens", "transformers.json")):
+    """Write what transformers gives to PATH."""
     encoder, hparams, params = load_encoder_hparams_and_params("tiny", os.path.join(ROOT, "models"))
     gpt2 = Transformers(Model(hparams, params)).gpt2
     beams = make_all_beams(gpt2, encoder)
