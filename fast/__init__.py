@@ -48,5 +48,5 @@ class Passes:
             return in_shares(gpt2, tokens, cache, n_last, self.shares)
 
     def few_rows_pay(self, n_left: int) -> bool:
-        """Whether passes of few rows can cost little more than those of one, with n_left tokens to come."""
+        """Whether a pass of few rows can cost little more than one of a single row, with n_left tokens to come."""
         return not self.is_large or self.shares.pay(n_left)

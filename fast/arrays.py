@@ -74,7 +74,7 @@ def tiled(attend):
 
 
 def take_rows(kv, rows, start, stop):  # [n_layer, 2, n_batch, ...] -> [n_layer, 2, len(rows), ...]
-    """Batch rows of keys and values, positions up to `stop`; in place, and from `start` on, if their number stays."""
+    """These batch rows of keys and values, up to position `stop`. As many as before: in place, from `start` on."""
     rows, moved, new = np.asarray(rows), np.arange(len(rows)), kv
     if len(rows) == kv.shape[2]:
         moved = moved[rows != moved]

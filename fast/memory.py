@@ -1,4 +1,4 @@
-"""What the system is asked about memory, and told."""
+"""What the program asks the system about memory, and tells it."""
 
 import math
 import os
@@ -35,7 +35,7 @@ def available_bytes() -> float:
 
 
 def check_memory(n_bytes: int, purpose: str) -> None:
-    """MemoryError: more than is available, which the system might promise all the same."""
+    """MemoryError: more than is available. The system might promise it all the same."""
     if n_bytes >= 1e9 and n_bytes > (available := available_bytes()):
         raise MemoryError(
             f"{n_bytes / 1e9:,.1f} GB are needed for {purpose}, {available / 1e9:,.1f} GB are available; compute fewer "

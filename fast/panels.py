@@ -16,7 +16,7 @@ SMALL = 10**6 - 1  # multiply-adds up to which OpenBLAS uses its kernel for smal
 class Matrix:
     """Some columns of a matrix, `w` a view [n_groups, n_in, n_columns]: x @ matrix is x @ w, its groups side by side.
 
-    `panels` is memory of panels_shape(w, width) for `fill`. `ways` says how so many rows are multiplied.
+    `panels` is memory of panels_shape(w, width) for `fill`. `ways` has the product to use, by the number of rows.
     """
 
     __array_ufunc__ = None  # so that NumPy leaves x @ matrix to __rmatmul__
@@ -94,7 +94,7 @@ def seconds_to_fill(matrices: list[Matrix]) -> float:
 
 
 def seconds(way, n_rows: int, matrices: list[Matrix]) -> float:
-    """Of a product of n_rows rows with each of the matrices."""
+    """What a product of n_rows rows with each of the matrices takes."""
     pairs = [(np.ones((n_rows, matrix.shape[0]), np.float32), matrix) for matrix in matrices]
     started = time.perf_counter()
     for x, matrix in pairs:
@@ -103,7 +103,7 @@ def seconds(way, n_rows: int, matrices: list[Matrix]) -> float:
 
 
 def seconds_in_panels(way, n_rows: int, matrices: list[Matrix]) -> float:
-    """The same for the first of the matrices, in new panels as wide as suits this way."""
+    """The same for the first of the matrices, in new panels of the width that suits this way."""
     copy = Matrix(matrices[0].w, {}, np.empty(panels_shape(matrices[0].w, WIDTHS[way]), np.float32))
     copy.fill()
     return seconds(way, n_rows, [copy])

@@ -25,7 +25,7 @@ MAX_FEW = 64  # rows for which panels can be faster than the weights as they lie
 N_ROWS_OF_WIDTH = 5  # the width of the panels is what suits so many rows best
 N_TIMINGS = 3  # of each way
 TRIAL_BYTES = 1 << 27  # packed first, to see how long it takes: more than caches hold
-TYPICAL_STEPS = 8  # that packing takes as long as; in memory that a virtual machine has not used before, 50 and more
+TYPICAL_STEPS = 8  # of one row, as long as packing takes; 50 and more in memory new to a virtual machine
 MIN_GAIN = 0.5  # steps of one row that packed weights save for each token, at least
 
 
@@ -108,9 +108,9 @@ class Shares:
         return run([partial(work, matrices) for matrices in self.matrices])
 
     def prepare(self, row_counts: set[int], cache) -> None:
-        """Before a pass of few rows: pack the weights if that pays for what the cache has room for, choose products.
+        """Before a pass of few rows: pack the weights if the cache has room for enough tokens, choose products.
 
-        Not before the first tokens, which would come later for it.
+        Packing waits for the first tokens, which it would delay.
         """
         n_left = cache.n_ctx - cache.length
         if not self.is_packed and cache.length and self.has_room and self.pay(n_left):
@@ -120,11 +120,11 @@ class Shares:
                 self.ways[n_rows] = self.fastest(WAYS, n_rows)
 
     def pay(self, n_left: int) -> bool:
-        """Whether n_left tokens to come earn back what packing takes, where that is still to be done."""
+        """Whether the weights are packed, or n_left tokens to come earn back the time of packing."""
         return self.is_packed or self.steps_to_pack <= MIN_GAIN * n_left
 
     def fastest(self, ways, n_rows: int, seconds=seconds):
-        """Of `ways` the one that takes least for n_rows rows: each time with another layer, which no cache holds."""
+        """The fastest of `ways` for n_rows rows. Each timing takes another layer, which no cache holds."""
         times: dict = {way: [] for way in ways}
         for way in [*ways] * N_TIMINGS:
             layer = next(self.layers)
@@ -132,7 +132,7 @@ class Shares:
         return min(ways, key=lambda way: min(times[way]))
 
     def memory_for(self, n: int) -> np.ndarray | None:
-        """So many numbers in one piece, hence in large pages; None where they do not fit."""
+        """Memory for n numbers in one piece, hence in large pages; None if they do not fit."""
         n_gb, available_gb = 4 * n / 1e9, available_bytes() / 1e9
         with contextlib.suppress(MemoryError):
             if 2 * n_gb <= available_gb:  # twice: the weights as they lie want room too, or the system drops them

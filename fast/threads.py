@@ -40,7 +40,7 @@ crews: list[list] = []  # executors of one thread each, on a core of its own; a 
 
 
 class Stopped(Exception):
-    """Raised in a thread that would wait for another which has failed."""
+    """Raised in a thread that would wait for one that has failed."""
 
 
 def stay_on(core: set[int]) -> None:
@@ -147,7 +147,7 @@ class Forks:
 
     @contextlib.contextmanager
     def wait_for_pass(self):
-        """Within it, other threads wait with their forks. First it waits for theirs."""
+        """Within it, forks of other threads wait. It begins when theirs are done."""
         me = threading.get_ident()
         try:
             self.passing.add(me)
