@@ -15,7 +15,13 @@ BROKEN_PIPE = 141  # the status that shells give to programs ended by this signa
 
 
 def manual_of(command: Callable) -> str:
-    return inspect.getdoc(command) or "python -OO leaves the manual out; run without -OO"
+    """The docstring; flags that it does not name follow with their defaults."""
+    manual = inspect.getdoc(command) or "python -OO leaves the manual out; run without -OO"
+    flags = inspect.signature(command).parameters.values()
+    if "--" in manual or not flags:
+        return manual
+    shown = (f"--{flag.name}" + ("" if flag.default in (None, flag.empty) else f" {flag.default}") for flag in flags)
+    return f"{manual}\n\nFlags: {'  '.join(shown)}"
 
 
 def choose(commands: dict[str, Callable], argv: list[str]) -> tuple[Callable, list[str]]:
@@ -30,7 +36,7 @@ def choose(commands: dict[str, Callable], argv: list[str]) -> tuple[Callable, li
 
 
 def call(command: Callable | dict[str, Callable], argv: list[str]) -> None:
-    """SystemExit: stderr is full or broken, as other programs do (close_stdout of the GNU tools)."""
+    """`run` without its statuses. SystemExit: stderr is full or broken (as close_stdout of the GNU tools)."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: what would go there goes nowhere
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the run

@@ -160,6 +160,8 @@ def test_help_names_every_command():
     assert done.returncode == 0
     for name in program.COMMANDS:
         assert f"\n{name} " in "\n" + done.stdout
+    done = run_here("-m", "benchmarks", "rows", "--help")
+    assert "--model_size random:124M  --models_dir" in done.stdout
 
 
 def test_random_shapes_are_named():
