@@ -25,7 +25,7 @@ def typed_list(text: str) -> list[str]:
 
 
 class Nothing:
-    """What the command gives back to fire: it has no members that one argument too many could name."""
+    """What fire gets back from the command: without members, which a surplus argument could name."""
 
     def __dir__(self):
         return ()

@@ -79,7 +79,7 @@ def write_score(model, encoder, text: str, stride: int, json: bool) -> None:
 
 
 class Alternatives:
-    """A sampler that notes what else the model had in mind: after each call `chosen` is (id, probability), `best` more.
+    """A sampler that notes at each call (id, probability): `chosen` of its token, `best` of the likeliest ones.
 
     Probabilities are softmax(logits): the model's own, before temperature and filters.
     """

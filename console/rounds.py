@@ -53,7 +53,7 @@ class Recorder:
 
 
 class MarginRecorder:
-    """A sampler that notes by how little a token ever won."""
+    """A sampler that notes the smallest margin by which a token won."""
 
     def __init__(self, sample: Sampler):
         self.sample = sample
@@ -98,7 +98,7 @@ def summarize(recorder: Recorder, target) -> dict:
         "target_seconds": round(seconds - recorder.draft_seconds, 4),
         "plain_step_seconds": round(plain, 6),
     }
-    if n_new > 1:  # after the first token, which both ways take a pass over the prompt for
+    if n_new > 1:  # after the first token, for which both ways take a pass over the prompt
         summary["speedup_over_plain_steps"] = round((n_new - 1) * plain / (ticks[-1] - ticks[1]), 3)
     return summary | {
         "weights_in_panels": target.passes.shares.report,

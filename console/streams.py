@@ -1,4 +1,4 @@
-"""Prompts and files come in, text goes out: stdin and stdout. What cannot be said on stderr is lost, not the text."""
+"""Prompts and files come in, text goes out: stdin and stdout. What stderr cannot take is lost."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ MAX_PROMPT, MAX_FILE = 1 << 24, 1 << 28  # bytes; a token has four or so, and 10
 
 
 class Lossy:
-    """A stream of which what cannot be written is lost; `error` says why."""
+    """A stream that drops what it cannot write; `error` says why."""
 
     def __init__(self, stream: TextIO):
         self.stream, self.error = stream, None

@@ -30,7 +30,7 @@ def greedy(logits: np.ndarray, position: int) -> int:
 
 
 def for_text(sample: Sampler, tokens: list[int]) -> Sampler:
-    """`sample`, reading `tokens` if it depends on the text: at every call all of the text so far, prompt included."""
+    """`sample`, bound to `tokens` if it depends on the text: they are the whole text at each call, prompt included."""
     return sample.for_text(tokens) if hasattr(sample, "for_text") else sample
 
 
@@ -151,7 +151,7 @@ class PenalizedSampler:
         return penalize(logits, list(self.ids), self.penalty)
 
     def scores(self, logits: np.ndarray, position: int) -> np.ndarray:
-        # The penalty magnifies what was rounded off the logits too, which `margin` measures the lead by.
+        # The penalty magnifies rounding errors of the logits too, and `margin` is compared with these.
         return scores_of(self.sample, self.penalized(logits), position) / max(self.penalty, 1 / self.penalty)
 
     def __call__(self, logits: np.ndarray, position: int) -> int:

@@ -1,7 +1,7 @@
 """How well a model predicts a text: the log-probability of each of its tokens.
 
 A text longer than the context is scored in windows, each token once, as is usual for fixed-length models: the window
-moves by `stride` tokens, and what it has seen before only serves as the text before. A stride of the context is the
+moves by `stride` tokens, and tokens that were scored before are only context. A stride of the context is the
 cheapest and the least favourable; a small one gives nearly every token a whole context.
 """
 
@@ -59,7 +59,7 @@ def windows(n_ids: int, n_ctx: int, stride: int) -> Iterator[tuple[slice, int]]:
 
 
 def log_probabilities(model, ids: Sequence[int], stride: int) -> np.ndarray:  # -> float32[len(ids) - 1]
-    """Of each id after the first. A progress bar goes to stderr. ValueError: a stride outside 1 to the context."""
+    """As `score`, of any length, with a progress bar on stderr. ValueError: a stride outside 1 to the context."""
     from tqdm import tqdm  # only whole files take long enough for a bar
 
     n_ctx = model.hparams["n_ctx"]

@@ -63,7 +63,7 @@ def check_overflow(overflow: str, slide_by) -> None:
 
 
 def slide_of(overflow: str, slide_by: int | None, n_ctx: int) -> int | None:
-    """By how many tokens the window moves: half of the context unless it is said, None if it does not."""
+    """By how many tokens the window moves: slide_by, or half of the context; None if it does not move."""
     if overflow == "error":
         return None
     return max(1, n_ctx // 2) if slide_by is None else slide_by
