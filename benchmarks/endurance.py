@@ -24,7 +24,7 @@ N_PARTS = 10
 def tenths(ids: Iterator[int], n_tokens: int, n_block: int) -> Iterator[dict]:
     """Time and memory of each tenth of `ids`. Times are of blocks of `n_block` tokens, so that each has one slide.
 
-    The ids are not kept, and of the times only those at the ends of blocks, so that memory shows the program's alone.
+    Ids and times within blocks are not kept: the memory is to be the program's alone.
     """
     n_tenth = n_tokens // N_PARTS
     n_block = max(1, min(n_block, n_tenth // N_PARTS))

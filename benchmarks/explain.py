@@ -189,7 +189,7 @@ def with_other_gelu(fed, n_prompt, model, n_rows, gelu):  # -> [n_vocab]
 
 
 def ablation(model_size: str = "random:124M", models_dir: str | None = None, *, n_prompt=96, n_tokens=26):
-    """ms a token, prompt included, as what makes the program fast is switched on step by step."""
+    """ms a token, prompt included, as the measures that make the program fast are switched on one by one."""
     model = load_or_random(model_size, models_dir)
     n_head, exact = model.hparams["n_head"], with_dtype(model.params, np.float64)
     fed = random_ids(model, n_prompt + n_tokens - 1)  # nothing follows the last token

@@ -176,7 +176,7 @@ def draw_batch(table: list[dict], title: str, axes) -> None:
 def batch(model_size: str = "random:124M", models_dir: str | None = None, *, n_tokens=100, n_times=3):
     """Tokens a second of 1 to 64 prompts of different lengths at once, and of one after another.
 
-    The weights are packed before; texts one after another are computed without, as plain decoding does.
+    Batches use packed weights; texts one after another use plain products, as plain decoding does.
     """
     model = load_or_random(model_size, models_dir)
     plain = gpt2.Model(model.hparams, model.params)

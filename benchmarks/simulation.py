@@ -20,7 +20,7 @@ LENGTHS = (1, 2, 3, 4, 5, 6, 10)
 
 
 def expected_tokens(n):
-    """Of a round with n guesses, each right with the published probability (Leviathan et al. 2023, equation 1)."""
+    """Tokens of a round with n guesses, each right with the published probability (Leviathan et al. 2023, eq. 1)."""
     return (1 - PUBLISHED_ACCEPTANCE ** (n + 1)) / (1 - PUBLISHED_ACCEPTANCE)
 
 

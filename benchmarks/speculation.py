@@ -100,7 +100,7 @@ def acceptance(
     n_short=40,
     n_times=5,
 ):
-    """Speed-up at the published acceptance by draft length, and of whole texts with packing; real passes."""
+    """Speed-up by draft length at the published acceptance, and of whole texts with packing; passes are real."""
     target, draft = load_or_random(target_size, models_dir), load_or_random(draft_size, models_dir)
     simulation, turns = Simulation(target, draft, n_tokens), []
     for number in range(n_times + 1):
