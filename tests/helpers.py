@@ -90,17 +90,15 @@ def run_here(*args, stdin="", env=None, cwd=ROOT):
     """The same without a process, ten times as fast: for tests of what a program writes, not of how it runs."""
     argv = latest(args)
     if argv[0] == "-m":
-        argv = argv[1:]
-        program = partial(runpy.run_module, argv[0])
-    else:
-        program = partial(runpy.run_path, os.path.join(ROOT, argv[0]))
+        argv[:2] = [os.path.join(argv[1], "__main__.py")]
+    program = partial(runpy.run_path, os.path.join(ROOT, argv[0]), run_name="__main__")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", argv)
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
         for name, value in (env or {}).items():
             patch.setenv(name, value)
-        return subprocess.CompletedProcess(argv, *outcome(partial(program, run_name="__main__")))
+        return subprocess.CompletedProcess(argv, *outcome(program))
 
 
 def outcome(action):

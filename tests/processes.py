@@ -1,4 +1,4 @@
-"""The programs as running processes, for what happens to them meanwhile."""
+"""The programs as running processes, to send signals to and to read from."""
 
 import signal
 import subprocess

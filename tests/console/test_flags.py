@@ -101,7 +101,7 @@ CASES += [(("gpt2.py", "--model_size=tiny"), *case) for case in OF_ARGUMENTS]
 
 @pytest.mark.parametrize(("program", "args", "message", "status"), CASES)
 def test_a_mistake_is_one_line(program, args, message, status, monkeypatch):
-    """The whole program but its process, which test_modes.py and others start."""
+    """The whole program but its process, which test_streams.py and others start."""
     monkeypatch.chdir(ROOT)
     given = {arg.partition("=")[0] for arg in args}
     monkeypatch.setattr(sys, "argv", [*(arg for arg in program if arg.partition("=")[0] not in given), *args])

@@ -1,4 +1,4 @@
-"""Every flag of gpt2.py and speculative.py through the command line."""
+"""Every flag of gpt2.py and speculative.py through the command line, in this process; test_streams.py starts some."""
 
 import importlib
 import inspect
