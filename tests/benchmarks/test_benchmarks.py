@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from helpers import MODELS, random_model, run_here
+from helpers import MODELS, ROOT, random_model, run_here
 from reference import reference_logits
 
 import gpt2
@@ -28,7 +28,8 @@ def hurried(monkeypatch):
 
 def table(tmp_path, *args):
     """The rows of the table that a run in an empty folder writes."""
-    done = run_here("-m", "benchmarks", *args, "--models_dir", MODELS, cwd=tmp_path)
+    environment = {"PYTHONPATH": ROOT}  # of the processes that tables start
+    done = run_here("-m", "benchmarks", *args, "--models_dir", MODELS, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / FOLDER
     assert (folder / f"{args[0]}.png").read_bytes().startswith(b"\x89PNG")
