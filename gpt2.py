@@ -213,7 +213,7 @@ class Model:
         outside the vocabulary, more tokens than the cache has room for, more rows than tokens, or non-finite logits.
         """
         tokens = np.asarray(tokens)
-        check_tokens(tokens, n_last, cache, self.hparams["n_vocab"])
+        check_tokens(tokens, n_last, cache, self.hparams)
         logits = self.passes(self.gpt2, tokens, cache, n_last, plainly)
         if not np.isfinite(logits).all():
             raise ValueError(why_not_finite(logits, self.params))
@@ -301,7 +301,7 @@ def decode(model, cache, seqs, draft=None, slide_by=None):
         if (n_over := n_text - start - n_ctx) > 0:  # the window moves, and its tokens are fed anew
             start, cache.length = start + -(-n_over // slide_by) * slide_by, 0
         n_room = min(first.n_end - len(first.ids) - 1, n_ctx - (n_text - start))
-        guesses = draft(first.ids, n_room) if draft else []
+        guesses = list(draft(first.ids, n_room))[:n_room] if draft else []  # an array would be added, not appended
         new = [left_padded(seq.ids[start:], n_text - start)[cache.length :] + guesses for seq in seqs]
         logits = model.forward(new, cache, n_last=len(guesses) + 1)
         is_exact = model.passes.are_plain(len(seqs) * len(logits[0]))

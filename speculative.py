@@ -25,13 +25,17 @@ from console.flags import SPECULATIVE, check_speculative, nanogpt_of, sampler_of
 from console.rounds import Recorder, compare_with_plain, write_rounds
 from console.streams import read_prompt
 from decoding.draft_length import Adaptive, common_length
-from decoding.sampling import Sampler, for_text, greedy
+from decoding.sampling import Sampler, check, for_text, greedy, is_whole
 from decoding.stopping import slide_of, text_until_end
 from gpt2 import Drafter, Model, generate, load_model
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Drafters
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_n_draft(n_draft: int) -> None:
+    check("n_draft", n_draft, is_whole(n_draft) and n_draft >= 0, "a whole number of 0 or more")
 
 
 class DraftModel:
@@ -42,6 +46,7 @@ class DraftModel:
     """
 
     def __init__(self, model: Model, n_draft: int, sample: Sampler = greedy, min_confidence: float = 0.0):
+        check_n_draft(n_draft)
         self.model = model
         self.n_draft = n_draft
         self.sample = sample
@@ -88,6 +93,8 @@ class PromptLookup:
     """
 
     def __init__(self, n_draft: int, n_gram: int = 3):
+        check_n_draft(n_draft)
+        check("n_gram", n_gram, is_whole(n_gram) and n_gram >= 1, "a whole number of 1 or more")
         self.n_draft = n_draft
         self.sizes = range(n_gram, min(n_gram, 2) - 1, -1)
         self.n_seen, self.newest = 0, []  # how long the text was, and its end, by which another text is noticed

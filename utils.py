@@ -187,7 +187,10 @@ def reader_of(path: str, models_dir: str, gelu: str | None, vocabulary: str | No
 
 
 def load_encoder_hparams_and_params(
-    model_size: str, models_dir: str | None = None, gelu: str | None = None, vocabulary: str | None = None
+    model_size: str | os.PathLike[str],
+    models_dir: str | None = None,
+    gelu: str | None = None,
+    vocabulary: str | None = None,
 ) -> tuple[Encoder, dict, dict]:
     """(encoder, hparams, params) of a model; an OpenAI size is downloaded first if need be.
 
@@ -200,7 +203,7 @@ def load_encoder_hparams_and_params(
     ValueError: no such model, or a damaged one. ConnectionError: it could not be fetched.
     """
     models_dir = MODELS_DIR if models_dir is None else models_dir
-    path = find_model(model_size, models_dir)
+    path = find_model(os.fspath(model_size), models_dir)
     encoder, hparams, variables = reader_of(path, models_dir, gelu, vocabulary)(path)
     return encoder, *only_tokens(encoder, hparams, nest_params(variables, hparams, path))
 

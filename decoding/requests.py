@@ -52,8 +52,10 @@ def check_batch(
 
 
 def check_ids(ids, n_vocab: int) -> None:
-    """ValueError: an id outside the vocabulary."""
+    """ValueError: an id outside the vocabulary, or no integer."""
     ids = np.asarray(ids)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise ValueError(f"token ids are {ids.dtype}{list(ids.shape)}, expected integers, which encode() makes of text")
     if ids.size and not 0 <= ids.min() <= ids.max() < n_vocab:
         bad = next(int(i) for i in ids.flat if not 0 <= i < n_vocab)
         raise ValueError(f"token id {bad} is outside the vocabulary, 0 to {n_vocab - 1}")
@@ -64,14 +66,26 @@ def check_length_penalty(length_penalty: float) -> None:
     check("length_penalty", length_penalty, is_penalty, "a number from -10 to 10")
 
 
-def check_tokens(tokens: np.ndarray, n_last: int, cache, n_vocab: int) -> None:
+def check_cache(cache, hparams: dict) -> None:
+    """ValueError: a cache of another model."""
+    found = cache.kv.shape[0], cache.n_head, cache.d_head
+    expected = hparams["n_layer"], hparams["n_head"], hparams["n_embd"] // hparams["n_head"]
+    if found != expected:
+        layers = "{} layers of {} heads of {} numbers"
+        raise ValueError(
+            f"the cache has {layers.format(*found)}, the model {layers.format(*expected)}; make it with new_cache()"
+        )
+
+
+def check_tokens(tokens: np.ndarray, n_last: int, cache, hparams: dict) -> None:
     """ValueError unless `tokens`, int[n_batch, n_new], can be fed after those in `cache`."""
+    check_cache(cache, hparams)
     n_batch, n_new = tokens.shape if tokens.ndim == 2 else (0, 0)
-    if n_batch != cache.n_batch or not 1 <= n_last <= n_new or tokens.dtype.kind not in "iu":
+    if n_batch != cache.n_batch or not is_whole(n_last) or not 1 <= n_last <= n_new or tokens.dtype.kind not in "iu":
         raise ValueError(
             f"tokens are {tokens.dtype}{list(tokens.shape)} and n_last {n_last}; expected integers of shape "
             f"[{cache.n_batch}, n_new] and n_last from 1 to n_new"
         )
-    check_ids(tokens, n_vocab)
+    check_ids(tokens, hparams["n_vocab"])
     if cache.length + n_new > cache.n_ctx:
         raise ValueError(f"{cache.length} tokens and {n_new} more exceed the context of {cache.n_ctx}; feed fewer")

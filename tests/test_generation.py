@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding.sampling import for_text, greedy, make_sampler
+from decoding.scoring import score
 from gpt2 import Model, generate, generate_batch
 
 MODEL = random_model()  # a context of 24
@@ -290,3 +291,18 @@ def test_a_cache_that_is_too_short_is_refused_at_the_call(slide_by):
 def test_prompts_may_be_an_array():
     prompts = np.array([PROMPT, PROMPT[::-1]])
     assert generate_batch(MODEL, prompts, 5) == [list(generate(MODEL, prompt, 5)) for prompt in prompts.tolist()]
+
+
+def test_a_cache_of_another_model_is_named():
+    """Of fewer layers it would fail in the middle, of more it would not be noticed."""
+    for others in ({"n_layer": 2}, {"n_layer": 4}, {"n_head": 6}, {"n_embd": 48}):
+        with pytest.raises(ValueError, match="the cache has .* layers .*, the model 3 layers of 3 heads of 8"):
+            list(generate(MODEL, [1, 2], 3, cache=random_model(**others).new_cache()))
+
+
+def test_text_instead_of_ids_is_named():
+    for ids in ("text", [1.0, 2.0]):
+        with pytest.raises(ValueError, match="expected integers"):
+            score(MODEL, ids)
+        with pytest.raises(ValueError, match="expected integers"):
+            list(generate(MODEL, ids, 3))

@@ -1,6 +1,7 @@
 """Whatever guesses, the text is the plain one."""
 
 import inspect
+from functools import partial
 
 import numpy as np
 import pytest
@@ -250,3 +251,21 @@ def test_a_cache_holds_no_guesses_where_a_text_is_left_early(n_taken):
         assert list(generate(TARGET, ids, 10, cache=cache)) == list(generate(TARGET, ids, 10))
         cache.length = 3
         assert list(generate(TARGET, [3, 1, 4, 1], 10, cache=cache)) == list(generate(TARGET, [3, 1, 4, 1], 10))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_guesses_may_be_any_sequence_and_too_many(kind):
+    """An array would be added to the prompt's ids, without a word."""
+    model, prompt = random_model(), [3, 1, 4, 1, 5]
+    plain = list(generate(model, prompt, 10))
+    for n in (1, 2, 50):
+        assert list(generate(model, prompt, 10, draft=lambda tokens, n_max, n=n: kind([2] * n))) == plain
+
+
+@pytest.mark.parametrize("n_draft", [2.5, -1, "4", None])
+def test_a_number_of_guesses_that_is_none_is_refused(n_draft):
+    for make in (partial(DraftModel, random_model()), PromptLookup):
+        with pytest.raises(ValueError, match="n_draft is .*, expected a whole number of 0 or more"):
+            make(n_draft)
+    with pytest.raises(ValueError, match="n_gram is 0"):
+        PromptLookup(4, 0)

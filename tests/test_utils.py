@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -48,6 +49,11 @@ def test_an_incomplete_folder_names_what_it_lacks(tmp_path):
     os.remove(tmp_path / "mine" / "encoder.json")
     with pytest.raises(ValueError, match="mine lacks encoder.json"):
         load_encoder_hparams_and_params("mine", str(tmp_path))
+
+
+def test_a_path_object_is_a_name_too():
+    _, hparams, _ = load_encoder_hparams_and_params(Path(MODELS, "nano"))
+    assert hparams["n_layer"] == 2
 
 
 def test_params_are_nested_as_in_picogpt():
