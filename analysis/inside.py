@@ -78,7 +78,7 @@ def draw_attention(weights: np.ndarray, tokens: list[str], title: str, path: str
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # an emoji is drawn as a box
-            figure.savefig(path, dpi=110)
+            figure.savefig(path, format="png", dpi=110)  # or .png would become .png.png
     except OSError as e:
         raise OSError(e.errno, e.strerror, path) from e
     finally:

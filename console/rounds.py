@@ -98,7 +98,7 @@ def summarize(recorder: Recorder, target) -> dict:
         "target_seconds": round(seconds - recorder.draft_seconds, 4),
         "plain_step_seconds": round(plain, 6),
     }
-    if n_new > 1:  # after the first token, for which both ways take a pass over the prompt
+    if n_rounds > 1:  # after the first token, for which both ways take a pass over the prompt
         summary["speedup_over_plain_steps"] = round((n_new - 1) * plain / (ticks[-1] - ticks[1]), 3)
     return summary | {
         "weights_in_panels": target.passes.shares.report,

@@ -87,11 +87,11 @@ def test_the_picture_is_written(tmp_path):
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and min(width, height) > 300
 
 
-@pytest.mark.parametrize("n_heads", [1, 3])
-def test_any_number_of_heads_is_drawn(tmp_path, n_heads):
+@pytest.mark.parametrize(("n_heads", "name"), [(1, "a.png"), (3, ".png")])
+def test_any_number_of_heads_is_drawn(tmp_path, n_heads, name):
     pytest.importorskip("matplotlib")
-    inside.draw_attention(np.ones((n_heads, 1, 1), np.float32), ["a"], "one token", str(tmp_path / "a.png"))
-    assert (tmp_path / "a.png").stat().st_size > 1000
+    inside.draw_attention(np.ones((n_heads, 1, 1), np.float32), ["a"], "one token", str(tmp_path / name))
+    assert (tmp_path / name).stat().st_size > 1000
 
 
 def test_characters_without_a_picture_are_boxes_without_a_word(tmp_path):

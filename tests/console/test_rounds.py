@@ -113,3 +113,11 @@ def test_show_colours_only_a_terminal():
     assert "\033[32m" in coloured and "\033[33m" in coloured
     assert "\033[" not in in_a_terminal({"NO_COLOR": "1"})
     assert "\033[" not in run_here(*PAIR, "ROMEO:", "--show").stdout
+
+
+def test_a_speedup_is_told_where_there_is_a_step_to_compare_with():
+    """All of a short text may come with the pass over the prompt: it seemed hundreds of times as fast."""
+    for n_tokens, is_told in ((4, False), (20, True)):
+        flags = ("--draft_model_size=tiny", "--n_draft=6", f"--n_tokens_to_generate={n_tokens}", "--json")
+        summary = json.loads(run_here(*PAIR, "ROMEO:", *flags).stderr)
+        assert (summary["rounds"] > 1) == is_told == ("speedup_over_plain_steps" in summary)
