@@ -12,14 +12,12 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from checkpoints import Damaged
+
 # 1558M with its optimizer has 80,000 opcodes. Each can make an object, so this bounds memory: 50 MB at worst.
 MAX_OPCODES = 1 << 18
 MAX_GLOBAL, MAX_KEY = 256, 1 << 31
 U1, U2, U4, U8, I4, F8 = map(struct.Struct, ("<B", "<H", "<I", "<Q", "<i", ">d"))
-
-
-class Damaged(Exception):
-    """Bytes that are not what the format says, or that ask for more than data; callers add the file's name."""
 
 
 @dataclass(frozen=True, slots=True)

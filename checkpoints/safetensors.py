@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from checkpoints import COPY_AGAIN
+from checkpoints import COPY_AGAIN, Damaged
 
 MAX_HEADER, MAX_DIMS = 100_000_000, 32  # the format's bytes, and NumPy's dimensions with room to spare
 SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
@@ -31,10 +31,6 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
-
-
-class Damaged(Exception):
-    """Bytes that are not what the format says; callers add the file's name."""
 
 
 def distinct(pairs: list[tuple]) -> dict:

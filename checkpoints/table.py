@@ -3,6 +3,8 @@
 Follows tensorflow/core/lib/io/table_format.txt. Left out: compressed blocks, looking up one key.
 """
 
+from checkpoints import Damaged
+
 MAX_NAME = 512  # bytes of a key; without a limit, keys that share most of others could ask for gigabytes
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -40,10 +42,6 @@ def mask_crc32c(crc: int) -> int:
 TABLE_MAGIC = 0xDB4775248B80FB57
 FOOTER_SIZE = 48
 BLOCK_TRAILER_SIZE = 5  # compression type and masked crc32c
-
-
-class Damaged(Exception):
-    """Bytes that are not what the format says; callers add the file's name."""
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
