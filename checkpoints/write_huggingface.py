@@ -146,7 +146,12 @@ def tokenizer_of(encoder) -> dict:
 
 
 def check(encoder, hparams: dict, params: dict) -> None:
-    """Every model that was read can be written."""
+    """ValueError: a token is found in a way that has no name. No file that is read has one."""
+    if strange := [text for text, i in encoder.added.items() if i not in added_tokens_of(encoder)]:
+        raise ValueError(
+            f"Hugging Face's form cannot express how {strange[0]!r} is found, by {encoder.patterns[strange[0]]!r}; "
+            "give it a pattern of checkpoints.vocabulary.pattern_of"
+        )
 
 
 def files(encoder, hparams: dict, params: dict) -> Iterator[tuple[str, Iterator[bytes]]]:

@@ -104,6 +104,7 @@ def test_hellaswag_equals_whole_passes(tiny, tmp_path, capsys):
     assert accuracy != normalised
 
 
+@pytest.mark.xdist_group("matplotlib")  # where the other tests that import transformers are
 def test_figures_equal_transformers(tiny, tmp_path, capsys):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")

@@ -15,7 +15,7 @@ import pytest
 import torchfiles
 from bundles import write_bundle
 from forms import read_json, read_safetensors, small_encoder, small_model
-from helpers import MODELS, ROOT, random_model, random_variables, run
+from helpers import MODELS, ROOT, random_model, random_variables, run, run_here
 
 import utils
 from checkpoints import convert, writing
@@ -89,7 +89,7 @@ def test_memory_holds_pieces_only(form, order, tmp_path, monkeypatch):
 
 
 def test_the_program_says_what_it_wrote(tmp_path):
-    done = run(
+    done = run_here(
         "utils.py", "convert", "nano", tmp_path / "new" / "out", "--format", "huggingface", "--models_dir", MODELS
     )
     assert (done.returncode, done.stdout) == (0, "")

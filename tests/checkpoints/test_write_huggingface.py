@@ -11,6 +11,7 @@ from helpers import MODELS
 import utils
 from checkpoints.convert import write_model
 from checkpoints.writing import variables_of
+from encoder import END_OF_TEXT, Encoder
 
 
 @pytest.mark.parametrize("settings", [{}, UNLIKE | {"is_tied": False}, {"order": "F", "is_tied": False}])
@@ -88,6 +89,15 @@ def test_embedded_models_go_there_and_back_byte_for_byte(name, tmp_path):
     assert sorted(same) == sorted(files)
 
 
+def test_a_token_that_is_found_in_another_way_is_named(tmp_path):
+    small = small_encoder()
+    model = small_model(small)
+    encoder = Encoder(small.token_ids, small.merge_ranks, patterns={END_OF_TEXT: "<.*>"})
+    with pytest.raises(ValueError, match="cannot express how '<.endoftext.>' is found, by '<.\\*>'"):
+        write_model(encoder, model.hparams, model.params, str(tmp_path / "out"), "huggingface")
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_safetensors_library_reads_it(tmp_path):
     numpy_files = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed")
     utils.convert("nano", str(tmp_path / "out"), format="huggingface", models_dir=MODELS)
@@ -97,6 +107,7 @@ def test_the_safetensors_library_reads_it(tmp_path):
     assert all(tensors[name].tobytes() == expected[name].tobytes() for name in tensors)
 
 
+@pytest.mark.xdist_group("matplotlib")  # where the other tests that import transformers are
 def test_transformers_reads_it_and_saves_the_same(tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -42,6 +42,7 @@ def test_openais_index_and_vocabulary_come_out_as_they_are(tmp_path):
     assert all(filecmp.cmp(os.path.join(folder, name), tmp_path / name, shallow=False) for name in names[1:])
 
 
+@pytest.mark.xdist_group("tensorflow")
 def test_tensorflow_finds_and_reads_it(tmp_path):
     tf = pytest.importorskip("tensorflow", reason="TensorFlow is not installed; it has no wheel for this Python yet")
     encoder = small_encoder()
