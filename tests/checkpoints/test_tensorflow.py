@@ -63,7 +63,7 @@ def test_openais_real_index():
     if not os.path.exists(path):
         pytest.skip("OpenAI's 124M index is not here; GPT2_MODELS_DIR says where it is")
     n_shards, byte_order, entries = read_index(path)
-    assert (n_shards, byte_order, len(entries)) == (1, 0, 148)
+    assert (n_shards, byte_order, len(entries)) == (1, "<", 148)
     assert list(entries) == sorted(entries)
     assert entries["model/wte"].shape == (50257, 768) and entries["model/h11/mlp/c_fc/w"].shape == (1, 768, 3072)
     assert sum(entry.size for entry in entries.values()) == 497759232
