@@ -9,9 +9,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor  # before `forks` is registered, or a fork takes its lock first
+from concurrent.futures import Future, ThreadPoolExecutor  # before `forks`, or a fork takes its lock first
 from contextvars import copy_context
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 
 
@@ -49,6 +49,10 @@ def stay_on(core: set[int]) -> None:
         os.sched_setaffinity(0, core)
 
 
+def submit(run_one: Callable, executor: ThreadPoolExecutor, work: Callable[[], object]) -> Future:
+    return executor.submit(copy_context().run, run_one, work)
+
+
 def run(works: list[Callable[[], object]], stop: Callable[[], None] = bool) -> list:
     """Call all of `works` at once, each on a core of its own, and return what they return.
 
@@ -71,9 +75,8 @@ def run(works: list[Callable[[], object]], stop: Callable[[], None] = bool) -> l
         for i in range(len(crew), len(works)):
             crew.append(ThreadPoolExecutor(1, initializer=stay_on, initargs=[CORES[i % len(CORES)]]))
         # Each in a copy of this thread's context, which says what NumPy warns of.
-        jobs = zip(crew, works, strict=False)
-        futures = [executor.submit(copy_context().run, stopping_others, work) for executor, work in jobs]
-        errors = [error for error in (future.exception() for future in futures) if error]
+        futures = list(map(partial(submit, stopping_others), crew, works))
+        errors = list(filter(None, map(Future.exception, futures)))
         for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
             raise error
     except BaseException:
