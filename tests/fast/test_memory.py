@@ -14,26 +14,23 @@ WINDOWS = """if True:
     import gpt2
     from utils import load_encoder_hparams_and_params
 
-    {before}
+    def page_faults():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
     _, hparams, params = load_encoder_hparams_and_params("tiny")
-    model = gpt2.Model(hparams, params)
+    model, before = gpt2.Model(hparams, params), page_faults()
     for _ in gpt2.generate(model, [1], 1030, slide_by=256):  # which feeds three times 257 tokens anew
         pass
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    print(page_faults() - before)
 """
-
-
-def page_faults(before):
-    done = subprocess.run(
-        [sys.executable, "-c", WINDOWS.format(before=before)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the limits are glibc's")
 def test_prompts_find_their_memory_again():
-    assert page_faults("") < 0.6 * page_faults("import fast; fast.keep_freed_memory = bool")
+    """1,300 page faults where freed memory is kept, 8,000 where it is not, fewer if the system gives large pages."""
+    done = subprocess.run([sys.executable, "-c", WINDOWS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 3000
 
 
 def test_available_memory_is_what_the_system_and_the_container_leave(monkeypatch):
