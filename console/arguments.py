@@ -100,7 +100,7 @@ def unknown(arg: str, parameters: dict[str, inspect.Parameter]) -> str:
     import difflib  # for this mistake only
 
     flag = arg.partition("=")[0]
-    names = [f"--{name}" for name in parameters if name != "prompt"]
+    names = [f"--{name}" for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
     like = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), names, n=1)
     return f"no flag {flag}" + (f", did you mean {like[0]}?" if like else "")
 

@@ -28,6 +28,7 @@ class Flag(NamedTuple):
     shown: str = ""
 
 
+POSITIONAL = ("prompt", "prompts")  # the first argument's names
 PROMPT = Flag(None, 'the text to continue; "-", or none and a pipe: it is read from stdin', str)
 LENGTH = {"n_tokens_to_generate": Flag(40, "how many tokens to add; fewer if the model ends the text")}
 MODELS_DIR = {"models_dir": Flag(None, "where the models are, beside the programs unless given", str, "models")}
@@ -122,7 +123,7 @@ def manual(title: str, sections: dict[str, dict[str, Flag]]) -> str:
         lines += ["", heading] if heading else [""]
         for name, flag in flags.items():
             value = "" if flag.kind is bool else flag.shown or str(flag.default)
-            left = "PROMPT" if name == "prompt" else f"--{name} {value}".rstrip()
+            left = name.upper() if name in POSITIONAL else f"--{name} {value}".rstrip()
             lines.append(f"{left:26} " + flag.help.replace("\n", "\n" + 27 * " "))
     return "\n".join(lines)
 
@@ -131,7 +132,7 @@ def with_flags(title: str, sections: dict[str, dict[str, Flag]]) -> Callable:
     """Make of main(options) a command with these flags, whose values `options` has as attributes."""
     flags = {name: flag for section in sections.values() for name, flag in section.items()}
     kinds = dict.fromkeys(flags, inspect.Parameter.KEYWORD_ONLY)
-    kinds["prompt"] = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    kinds |= dict.fromkeys(POSITIONAL, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     signature = inspect.Signature(
         [inspect.Parameter(name, kinds[name], default=f.default, annotation=f.kind) for name, f in flags.items()]
     )
