@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT
 
 PROGRAMS = {"gpt2", "speculative", "encoder", "utils"}
-ROOMS = {"analysis", "benchmarks", "checkpoints", "console", "decoding", "fast"}
+ROOMS = {"analysis", "batch", "benchmarks", "checkpoints", "console", "decoding", "fast"}
 MAY_IMPORT = {
     "gpt2": {"checkpoints", "console", "decoding", "fast", "utils"},
     "speculative": {"console", "decoding", "gpt2"},
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "checkpoints": set(),
     "console": {"checkpoints", "decoding"},
     "analysis": {"console", "decoding", "gpt2"},
+    "batch": {"console", "decoding", "encoder", "fast", "gpt2", "utils"},
     "benchmarks": PROGRAMS | ROOMS,
 }
 FILES = sorted(

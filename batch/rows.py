@@ -1,0 +1,191 @@
+"""Room for the keys and values of the texts that are computed together, a row each, which come and go.
+
+All rows end at the same position, `end`, so that one pass appends to all of them; where each begins follows from its
+length. A row that has ended is replaced by the last one, so a text costs one copy of a row at most. When `end` reaches
+the last position all rows are moved back together, which frees what no row reaches back to any more.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import numpy as np
+
+from decoding.draft_length import common_length
+from decoding.prefill import left_padded
+from fast import room
+from gpt2 import KVCache, Model, Seq, decode
+
+N_SPARE = 128  # positions more than the longest text needs: so many steps at least between two moves
+N_TOGETHER = 1024  # tokens of several prompts in one pass; more gain nothing and take more memory
+MIN_COMMON = 32  # tokens that prompts begin with alike, for which it pays to compute them apart
+N_KEPT = 8  # of such beginnings, at most
+
+
+class Beginnings:
+    """Keys and values of what prompts begin with alike, computed once: the newest N_KEPT, the newest last."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.kept: list[tuple[Sequence[int], np.ndarray]] = []
+
+    def find(self, ids: Sequence[int]) -> tuple[int, np.ndarray | None]:
+        """How many of `ids`, less the last, are kept, and the kept keys and values that begin with these."""
+        n_same, kv = max(((common_length(kept, ids[:-1]), kv) for kept, kv in self.kept), key=first, default=(0, None))
+        return (n_same, kv) if n_same >= MIN_COMMON else (0, None)
+
+    def keep(self, ids: Sequence[int]) -> None:
+        """Compute and keep all of `ids`, if they are not kept."""
+        n_same, kv = self.find([*ids, -1])
+        if len(ids) < n_same + MIN_COMMON:
+            return
+        cache = self.model.new_cache(n_seq=len(ids))
+        if n_same:
+            cache.kv[..., :n_same, :] = kv[..., :n_same, :]
+        self.model.forward([ids[n_same:]], KVCache(cache.kv, n_same))
+        self.kept = [*self.kept, (ids, cache.kv)][-N_KEPT:]
+
+
+def first(pair):
+    return pair[0]
+
+
+def in_passes(seqs: list[Seq], n_same: int) -> list[list[Seq]]:
+    """Prompts that are fed together: those of about the same length, N_TOGETHER tokens with their padding at most."""
+    passes: list[list[Seq]] = []
+    for seq in sorted(seqs, key=lambda seq: -len(seq.ids)):
+        n_new = len(seq.ids) - n_same
+        n_longest = len(passes[-1][0].ids) - n_same if passes else 0
+        is_alike = n_longest - n_new <= max(16, n_longest // 4)
+        if passes and is_alike and n_longest * (len(passes[-1]) + 1) <= N_TOGETHER:
+            passes[-1].append(seq)
+        else:
+            passes.append([seq])
+    return passes
+
+
+class Rows:
+    """The texts that are computed together, as `Seq`s, and their keys and values.
+
+    `max_bytes`: how much memory keys and values may take; one text may have more if it needs that.
+    """
+
+    def __init__(self, model: Model, max_bytes: float, max_rows: int):
+        self.model, self.max_bytes, self.max_rows = model, max_bytes, max_rows
+        self.n_position_bytes = model.new_cache(n_seq=1).kv.nbytes  # of a row
+        self.kv = model.new_cache(0, 1).kv  # [n_layer, 2, n_rows, n_head, n_seq, d_head]
+        self.end = 0
+        self.seqs: list[Seq] = []
+        self.beginnings = Beginnings(model)
+        self.rounds = None
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Memory
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def count(self, n_longest: int) -> int:
+        """How many texts of up to n_longest tokens, the new ones included, there is memory for."""
+        return max(1, min(self.max_rows, int(self.max_bytes / (self.n_position_bytes * (n_longest + N_SPARE)))))
+
+    def n_longest(self, seqs: Sequence[Seq] = ()) -> int:
+        """Of these and of those that are here already: what the longest has in the end."""
+        return max((seq.n_end for seq in (*self.seqs, *seqs)), default=0)
+
+    def is_large(self, n_rows: int, n_longest: int) -> bool:
+        """Whether there is room for so many texts, and for a good number of steps before they are moved."""
+        return n_rows <= self.kv.shape[2] and n_longest + N_SPARE // 2 <= self.kv.shape[4]
+
+    def n_joining(self, waiting: Iterable[Seq]) -> int:
+        """How many of the first of `waiting` can join now. One always can where there is none."""
+        n, n_longest = 0, self.n_longest()
+        for seq in waiting:
+            n_longest, n_rows = max(n_longest, seq.n_end), len(self.seqs) + n + 1
+            n_new_bytes = self.n_position_bytes * self.count(n_longest) * (n_longest + N_SPARE)
+            is_moved = self.seqs and not self.is_large(n_rows, n_longest)  # while both memories are there
+            if n_rows > self.count(n_longest) or (is_moved and n_new_bytes + self.kv.nbytes > self.max_bytes):
+                break
+            n += 1
+        return n
+
+    def make_room(self, n_before: int, n_rows: int, n_longest: int) -> None:
+        """Room for n_rows rows, n_before tokens up to `end`, a step after it, and texts of n_longest tokens."""
+        n_before = max([n_before, *(len(seq.ids) - 1 for seq in self.seqs)])
+        is_large = self.is_large(n_rows, n_longest)
+        if is_large and n_before <= self.end < self.kv.shape[4]:
+            return
+        old, kv = self.kv, self.kv
+        if not is_large:
+            if not self.seqs:
+                self.kv = old = old[:, :, :0]  # freed before
+            n_rows = max(n_rows, self.count(n_longest))
+            kv = room((*old.shape[:2], n_rows, old.shape[3], n_longest + N_SPARE, old.shape[5]))
+        for row, seq in enumerate(self.seqs):
+            n = len(seq.ids) - 1
+            kv[:, :, row, :, n_before - n : n_before] = old[:, :, row, :, self.end - n : self.end]
+        self.kv, self.end = kv, n_before
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Coming, going on, going
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def join(self, seqs: list[Seq], n_common: list[int]) -> None:
+        """Feed the prompts of `seqs`, all but the last token of each. Their first `n_common` tokens others have too."""
+        self.leave_rounds()
+        self.make_room(max(len(seq.ids) for seq in seqs) - 1, len(self.seqs) + len(seqs), self.n_longest(seqs))
+        groups: dict = {}
+        for seq, n in zip(seqs, n_common, strict=True):
+            if n >= MIN_COMMON:
+                self.beginnings.keep(seq.ids[:n])
+        for seq in seqs:
+            n_same, kv = self.beginnings.find(seq.ids)
+            groups.setdefault((n_same, id(kv)), (kv, []))[1].append(seq)
+        for (n_same, _), (kv, alike) in groups.items():
+            for some in in_passes(alike, n_same):
+                self.feed(some, n_same, kv)
+
+    def feed(self, seqs: list[Seq], n_same: int, kv: np.ndarray | None) -> None:
+        """New rows for prompts of which the first n_same tokens are in `kv`."""
+        n_fed = max(len(seq.ids) for seq in seqs) - 1
+        n_pad = [n_fed - (len(seq.ids) - 1) for seq in seqs]
+        rows = slice(len(self.seqs), len(self.seqs) + len(seqs))
+        cache = KVCache(self.kv[:, :, rows, :, self.end - n_fed : self.end], n_same, n_pad)
+        for row, n in enumerate(n_pad):  # a shorter prompt's row holds less of it, and the rest is fed again
+            if n < n_same:
+                cache.kv[:, :, row, :, n:n_same] = kv[:, :, 0, :, : n_same - n]
+        if n_fed > n_same:
+            self.model.forward([left_padded(seq.ids[:-1], n_fed)[n_same:] for seq in seqs], cache)
+        self.seqs += seqs
+
+    def step(self) -> list[Seq]:
+        """A new token for each text; those that have ended with it, which are no longer here."""
+        if self.end == self.kv.shape[4]:
+            self.leave_rounds()
+            self.make_room(0, len(self.seqs), 0)
+        if self.rounds is None:
+            n_past = [len(seq.ids) - 1 for seq in self.seqs]
+            n_longest = max(n_past)
+            kv = self.kv[:, :, : len(self.seqs), :, self.end - n_longest :]
+            self.rounds = decode(self.model, KVCache(kv, n_longest, [n_longest - n for n in n_past]), list(self.seqs))
+        for _ in islice(self.rounds, len(self.seqs)):
+            pass
+        self.end += 1
+        ended = [seq for seq in self.seqs if seq.has_ended]
+        if ended:
+            self.leave_rounds()
+            self.remove()
+        return ended
+
+    def leave_rounds(self) -> None:
+        if self.rounds:
+            self.rounds.close()
+        self.rounds = None
+
+    def remove(self) -> None:
+        """The rows of texts that have ended go to the last ones."""
+        going_on = [row for row, seq in enumerate(self.seqs) if not seq.has_ended]
+        n = len(going_on)
+        holes = [row for row in range(n) if self.seqs[row].has_ended]
+        for hole, row in zip(holes, going_on[n - len(holes) :], strict=True):
+            used = slice(self.end - (len(self.seqs[row].ids) - 1), self.end)
+            self.kv[:, :, hole, :, used] = self.kv[:, :, row, :, used]
+            self.seqs[hole] = self.seqs[row]
+        del self.seqs[n:]
