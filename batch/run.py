@@ -1,0 +1,119 @@
+"""The command: what the flags ask for, checked, then read, computed and written."""
+
+import contextlib
+import os
+import stat
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from typing import BinaryIO
+
+from batch.progress import Progress
+from batch.records import Output, check_paths, in_order, line_of, model_digest
+from batch.requests import FLAGS, Request, checked, count_requests, lines, read_requests
+from batch.schedule import complete_many
+from console import flags
+from console.flags import Flag
+from decoding.sampling import check, is_number
+from gpt2 import load_model
+
+BATCH = {
+    "": {
+        "prompts": Flag(
+            None,
+            'the file of prompts, - for stdin: OpenAI\'s batch form or {"id": ..., "prompt": ...} a line,\n'
+            "or a prompt a line",
+            str,
+        ),
+        "output": Flag(None, "the file of records, gone on with if it is there; - for stdout", str, "FILE"),
+        "form": Flag("auto", "json or text; auto: json if the first line begins with {", str),
+        "model_size": flags.GPT2[""]["model_size"],
+    }
+    | flags.MODELS_DIR,
+    "What lines leave out:": flags.LENGTH
+    | flags.SAMPLING
+    | {
+        "seed": Flag(0, "lines without a seed get one from this and their id"),
+        "n_samples": Flag(1, "so many texts a prompt, with the seeds N, N + 1, ..."),
+        "logprobs": Flag(None, "log-probabilities of each token and of the so many likeliest", shown="N"),
+        "echo": Flag(False, "begin each text with its prompt", bool),
+        "stop": flags.ENDING["stop"],
+        "ignore_eot": flags.ENDING["ignore_eot"],
+    },
+    "Running:": {
+        "ordered": Flag(False, "write in the order of the prompts, not as the texts end", bool),
+        "max_memory": Flag(None, "GB for keys and values, half of what is available unless given", shown="N"),
+    },
+}
+
+
+def defaults_of(options) -> dict:
+    """What lines leave out, by the names of the flags. ValueError: a flag outside its range."""
+    defaults = {name: getattr(options, name) for name in FLAGS if name != "seed"}
+    defaults["stop"] = list(defaults["stop"])
+    checked(Request([""], seed=options.seed, **defaults))
+    return defaults
+
+
+def check_options(options) -> dict:
+    """The defaults of lines. ValueError: flags that are wrong or do not go together."""
+    for name in ("prompts", "output"):
+        if getattr(options, name) is None:
+            raise ValueError(f"no {name}: python -m batch prompts.jsonl --output out.jsonl; - is stdin or stdout")
+    check("form", options.form, options.form in ("auto", "json", "text"), "auto, json or text")
+    n_gb = options.max_memory
+    check("max_memory", n_gb, n_gb is None or (is_number(n_gb) and n_gb > 0), "a number of GB above 0")
+    check("seed", options.seed, options.seed is not None, "a whole number from 0 to 2^64 - 1")
+    check_paths(options.prompts, options.output)
+    return defaults_of(options)
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[BinaryIO]:
+    """A file that can be read twice: what comes through a pipe is copied to the disk first."""
+    if path == "-" and sys.stdin is None:
+        raise ValueError("stdin is closed; give a file instead of -")
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as f:
+        if stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+            yield f
+            return
+        with tempfile.TemporaryFile() as copy:
+            copy.writelines(lines(f))
+            yield copy
+
+
+def noting_lines(requests: Iterator[Request], taken: deque[int]) -> Iterator[Request]:
+    for request in requests:
+        taken.append(request.line)
+        yield request
+
+
+def complete_file(options, stream: BinaryIO, output: Output, defaults: dict) -> None:
+    """Append a record for each line of `stream` that has none."""
+    read = partial(read_requests, stream, defaults, options.seed, options.form)
+    done, models = output.done()
+    n_all, n_done = count_requests(read(), done, output.name)
+    encoder, model = load_model(options.model_size, options.models_dir)
+    of_model = model_digest(options.model_size, options.models_dir)
+    if models - {of_model}:
+        raise ValueError(f"{output.name} has records of another model than {options.model_size}; choose another output")
+    taken: deque[int] = deque()
+    missing = noting_lines((request for request in read() if request.key not in done), taken)
+    max_bytes = None if options.max_memory is None else options.max_memory * 1e9
+    progress = Progress(n_all, n_done)
+    try:
+        results = progress.watch(complete_many(model, encoder, missing, max_bytes))
+        for result in in_order(results, taken) if options.ordered else results:
+            output.write(line_of(result, options.model_size, of_model))
+    finally:
+        progress.end()
+
+
+@flags.with_flags("Continue many prompts: python -m batch prompts.jsonl --output out.jsonl [flags]", BATCH)
+def main(options):
+    defaults = check_options(options)
+    with opened(options.prompts) as stream, contextlib.closing(Output(options.output)) as output:
+        output.lock()
+        complete_file(options, stream, output, defaults)
