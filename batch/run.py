@@ -16,9 +16,10 @@ from batch.requests import FLAGS, Request, checked, count_requests, lines, read_
 from batch.schedule import complete_many
 from console import flags
 from console.flags import Flag
-from decoding.sampling import check, is_number
+from decoding.sampling import check, is_number, is_whole
 from gpt2 import load_model
 
+MAX_WORKERS = 1024
 BATCH = {
     "": {
         "prompts": Flag(
@@ -45,6 +46,8 @@ BATCH = {
     "Running:": {
         "ordered": Flag(False, "write in the order of the prompts, not as the texts end", bool),
         "max_memory": Flag(None, "GB for keys and values, half of what is available unless given", shown="N"),
+        "workers": Flag(None, "so many processes of this machine, which share its cores (with Dask)", shown="N"),
+        "scheduler": Flag(None, "a running Dask cluster, as tcp://host:8786", str, "ADDRESS"),
     },
 }
 
@@ -65,6 +68,10 @@ def check_options(options) -> dict:
     check("form", options.form, options.form in ("auto", "json", "text"), "auto, json or text")
     n_gb = options.max_memory
     check("max_memory", n_gb, n_gb is None or (is_number(n_gb) and n_gb > 0), "a number of GB above 0")
+    n_workers = options.workers
+    is_count = n_workers is None or (is_whole(n_workers) and 1 <= n_workers <= MAX_WORKERS)
+    check("workers", n_workers, is_count, f"a whole number from 1 to {MAX_WORKERS}")
+    flags.check_together(workers=n_workers is not None, scheduler=options.scheduler is not None)
     check("seed", options.seed, options.seed is not None, "a whole number from 0 to 2^64 - 1")
     check_paths(options.prompts, options.output)
     return defaults_of(options)
@@ -90,6 +97,27 @@ def noting_lines(requests: Iterator[Request], taken: deque[int]) -> Iterator[Req
         yield request
 
 
+@contextlib.contextmanager
+def completing(options, model, encoder, digest: str) -> Iterator:
+    """A function from requests to results: in this process, or on the workers that the flags ask for."""
+    max_bytes = None if options.max_memory is None else options.max_memory * 1e9
+    if options.workers is None and options.scheduler is None:
+        yield partial(complete_many, model, encoder, max_bytes=max_bytes)
+        return
+    from batch import cluster  # and with it Dask, which takes a second
+
+    connect = (
+        partial(cluster.local_cluster, options.workers)
+        if options.workers
+        else partial(cluster.connected, options.scheduler)
+    )
+    with connect() as client:
+        print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
+        yield lambda requests: cluster.complete_on_cluster(
+            client, requests, options.model_size, options.models_dir, digest, max_bytes
+        )
+
+
 def complete_file(options, stream: BinaryIO, output: Output, defaults: dict) -> None:
     """Append a record for each line of `stream` that has none."""
     read = partial(read_requests, stream, defaults, options.seed, options.form)
@@ -101,14 +129,13 @@ def complete_file(options, stream: BinaryIO, output: Output, defaults: dict) -> 
         raise ValueError(f"{output.name} has records of another model than {options.model_size}; choose another output")
     taken: deque[int] = deque()
     missing = noting_lines((request for request in read() if request.key not in done), taken)
-    max_bytes = None if options.max_memory is None else options.max_memory * 1e9
     progress = Progress(n_all, n_done)
-    try:
-        results = progress.watch(complete_many(model, encoder, missing, max_bytes))
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.end)
+        complete = stack.enter_context(completing(options, model, encoder, of_model))
+        results = progress.watch(complete(missing))
         for result in in_order(results, taken) if options.ordered else results:
             output.write(line_of(result, options.model_size, of_model))
-    finally:
-        progress.end()
 
 
 @flags.with_flags("Continue many prompts: python -m batch prompts.jsonl --output out.jsonl [flags]", BATCH)

@@ -36,6 +36,17 @@ def count_threads() -> int:
     )
 
 
+def share_cores(i: int, n: int) -> None:
+    """Leave this process the i-th of n parts of the cores, before its first pass: others have the rest."""
+    n_cores, i = len(CORES), i % n
+    first = i * n_cores // n
+    CORES[:] = CORES[first : max(first + 1, (i + 1) * n_cores // n)]
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ[name] = str(len(CORES))
+    if blas.controller:
+        blas.set(len(CORES))
+
+
 crews: list[list] = []  # executors of one thread each, on a core of its own; a pass takes a crew and puts it back
 
 
