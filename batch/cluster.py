@@ -8,6 +8,7 @@ by the scheduler. One that is said to kill workers is cut in halves until the pr
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -109,6 +110,16 @@ def import_dask():
     return dask, distributed
 
 
+def ignore_interrupts(distributed, client) -> None:
+    """Ctrl-C in a terminal reaches the workers too, now and after a restart. The client ends them."""
+
+    class Ignoring(distributed.WorkerPlugin):
+        def setup(self, worker):  # in the worker's main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    client.register_plugin(Ignoring())
+
+
 @contextlib.contextmanager
 def local_cluster(n_workers: int) -> Iterator:
     """A client of n_workers processes of this machine, which end with it."""
@@ -130,6 +141,7 @@ def local_cluster(n_workers: int) -> Iterator:
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
+        ignore_interrupts(distributed, client)
         yield client
 
 
