@@ -1,9 +1,9 @@
 """python -m batch prompts.jsonl --output out.jsonl [flags]"""
 
 if __name__ == "__main__":
-    from console.interrupts import end_quietly
+    from console.start import start
 
-    end_quietly()  # before the other imports, which take most of a short run
+    start()  # before the other imports, which take most of a short run
 
 from batch.run import main
 from console import command

@@ -14,8 +14,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from urllib.parse import urlsplit
 
@@ -36,7 +35,7 @@ HOW_TO_GET_DASK = "needs Dask; pip install distributed"
 # ----------------------------------------------------------------------------------------------------------------------
 
 turns = threading.Lock()  # a worker with several threads computes one chunk at a time
-models: dict[tuple, tuple] = {}  # encoder and model by size, folder and digest
+models: dict[tuple, tuple] = {}  # encoder and model by their names
 
 
 def place_on_host() -> int:
@@ -56,35 +55,30 @@ def place_on_host() -> int:
     return 0
 
 
-def model_of(model_size: str, models_dir: str | None, digest: str, n_on_host: int) -> tuple:
-    """(encoder, model), mapped on the first call. ValueError: it is another than the client's."""
-    key = model_size, models_dir, digest
-    if key not in models:
-        if not models:
-            share_cores(place_on_host(), n_on_host)
-        encoder, model = load_model(model_size, models_dir)
-        if model_digest(model_size, models_dir) != digest:
-            raise ValueError(
-                f"a worker has another model under the name {model_size}; copy the same files to all hosts"
-            )
-        models[key] = encoder, model
-    return models[key]
+def load_checked(model_size: str, models_dir: str | None, gelu: str | None, vocabulary: str | None, digest: str):
+    """(encoder, model). ValueError: it is another than the client's."""
+    encoder, model = load_model(model_size, models_dir, gelu=gelu, vocabulary=vocabulary)
+    if model_digest(encoder, model) != digest:
+        raise ValueError(f"a worker has another model under the name {model_size}; copy the same files to all hosts")
+    return encoder, model
 
 
 def complete_chunk(
-    requests: list[Request],
-    model_size: str,
-    models_dir: str | None,
-    digest: str,
-    hosts: Counter,
-    max_bytes: float | None,
+    requests: list[Request], load: Callable[..., tuple], names: tuple, hosts: Counter, max_bytes: float | None = None
 ) -> list[Result]:
-    """The results of a chunk. `hosts` counts the workers of each, which share its cores and memory."""
+    """The results of a chunk, by the model of load(*names), which is loaded on the first call and kept.
+
+    `hosts` counts the workers of each host, which share its cores and memory.
+    """
     from distributed import get_worker  # in a worker it is there
 
     n_on_host = max(1, hosts[host_of(get_worker().address)])
     with turns:
-        encoder, model = model_of(model_size, models_dir, digest, n_on_host)
+        if not models:
+            share_cores(place_on_host(), n_on_host)
+        if names not in models:
+            models[names] = load(*names)
+        encoder, model = models[names]
         max_bytes = available_bytes() / 2 / n_on_host if max_bytes is None else max_bytes
         return list(complete_many(model, encoder, requests, max_bytes))
 
@@ -224,18 +218,15 @@ class Chunks:
         yield from future.result()
 
 
-def complete_on_cluster(
-    client, requests: Iterable[Request], model_size: str, models_dir: str | None, digest: str, max_bytes: float | None
-) -> Iterator[Result]:
+def complete_on_cluster(client, requests: Iterable[Request], task: Callable[..., list[Result]]) -> Iterator[Result]:
     """What complete_many yields, computed by the workers of `client`; texts of a chunk come together.
 
-    ConnectionError: the scheduler is gone. ValueError: workers cannot import this program or have another model.
+    task(chunk, hosts=...) gives the results of a chunk. ConnectionError: the scheduler is gone. ValueError: workers
+    cannot import this program, or what a task raises.
     """
     import distributed
 
-    task = partial(complete_chunk, model_size=model_size, models_dir=models_dir, digest=digest, max_bytes=max_bytes)
-    chunks = Chunks(client, requests, task)
-    address = client.scheduler.address
+    chunks, address = Chunks(client, requests, task), client.scheduler.address
     try:
         while True:
             chunks.send()

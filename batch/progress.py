@@ -1,6 +1,5 @@
 """How far a run is, on stderr: a bar in a terminal, and one line at the end."""
 
-import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -29,17 +28,15 @@ class Progress:
             self.n += 1
             self.n_errors += bool(result.error)
             self.n_tokens += sum(choice.n_tokens for choice in result.choices)
-            with contextlib.suppress(OSError):  # the texts matter more
-                rate = self.n_tokens / max(1e-9, time.monotonic() - self.started)
-                self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-                self.bar.update()
+            rate = self.n_tokens / max(1e-9, time.monotonic() - self.started)
+            self.bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+            self.bar.update()
             yield result
 
     def end(self) -> None:
         """One line, also of a run that was stopped."""
-        with contextlib.suppress(OSError):
-            self.bar.close()
-            print(self.summary(), file=sys.stderr)
+        self.bar.close()
+        print(self.summary(), file=sys.stderr)
 
     def summary(self) -> str:
         seconds = time.monotonic() - self.started

@@ -5,6 +5,7 @@ length. A row that has ended is replaced by the last one, so a text costs one co
 the last position all rows are moved back together, which frees what no row reaches back to any more.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from decoding.draft_length import common_length
 from decoding.prefill import left_padded
-from fast import room
+from fast.memory import check_memory
 from gpt2 import KVCache, Model, Seq, decode
 
 N_SPARE = 128  # positions more than the longest text needs: so many steps at least between two moves
@@ -43,6 +44,12 @@ class Beginnings:
             cache.kv[..., :n_same, :] = kv[..., :n_same, :]
         self.model.forward([ids[n_same:]], KVCache(cache.kv, n_same))
         self.kept = [*self.kept, (ids, cache.kv)][-N_KEPT:]
+
+
+def zeros(shape: tuple[int, ...]) -> np.ndarray:  # -> float32[shape]
+    """Memory for rows. Not np.empty: what is left of a row is masked, but there may be NaN, which no mask hides."""
+    check_memory(4 * math.prod(shape), "keys and values")
+    return np.zeros(shape, np.float32)
 
 
 def first(pair):
@@ -117,7 +124,7 @@ class Rows:
             if not self.seqs:
                 self.kv = old = old[:, :, :0]  # freed before
             n_rows = max(n_rows, self.count(n_longest))
-            kv = room((*old.shape[:2], n_rows, old.shape[3], n_longest + N_SPARE, old.shape[5]))
+            kv = zeros((*old.shape[:2], n_rows, old.shape[3], n_longest + N_SPARE, old.shape[5]))
         for row, seq in enumerate(self.seqs):
             n = len(seq.ids) - 1
             kv[:, :, row, :, n_before - n : n_before] = old[:, :, row, :, self.end - n : self.end]

@@ -32,7 +32,8 @@ BATCH = {
         "form": Flag("auto", "json or text; auto: json if the first line begins with {", str),
         "model_size": flags.GPT2[""]["model_size"],
     }
-    | flags.MODELS_DIR,
+    | flags.MODELS_DIR
+    | flags.NANOGPT,
     "What lines leave out:": flags.LENGTH
     | flags.SAMPLING
     | {
@@ -113,9 +114,9 @@ def completing(options, model, encoder, digest: str) -> Iterator:
     )
     with connect() as client:
         print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
-        yield lambda requests: cluster.complete_on_cluster(
-            client, requests, options.model_size, options.models_dir, digest, max_bytes
-        )
+        names = options.model_size, options.models_dir, *flags.nanogpt_of(options).values(), digest
+        task = partial(cluster.complete_chunk, load=cluster.load_checked, names=names, max_bytes=max_bytes)
+        yield lambda requests: cluster.complete_on_cluster(client, requests, task)
 
 
 def complete_file(options, stream: BinaryIO, output: Output, defaults: dict) -> None:
@@ -123,8 +124,8 @@ def complete_file(options, stream: BinaryIO, output: Output, defaults: dict) -> 
     read = partial(read_requests, stream, defaults, options.seed, options.form)
     done, models = output.done()
     n_all, n_done = count_requests(read(), done, output.name)
-    encoder, model = load_model(options.model_size, options.models_dir)
-    of_model = model_digest(options.model_size, options.models_dir)
+    encoder, model = load_model(options.model_size, options.models_dir, **flags.nanogpt_of(options))
+    of_model = model_digest(encoder, model)
     if models - {of_model}:
         raise ValueError(f"{output.name} has records of another model than {options.model_size}; choose another output")
     taken: deque[int] = deque()

@@ -7,6 +7,7 @@ from benchmarks.evaluation import evaluate
 from benchmarks.explain import ablation, cache, components, load
 from benchmarks.measure import FOLDER
 from benchmarks.passes import batch, decode, prefill, rows
+from benchmarks.runs import runs
 from benchmarks.speculation import acceptance, drafters
 from console import command
 
@@ -33,7 +34,7 @@ def all_tables(model_size: str = "random:124M", models_dir: str | None = None):
 
 
 COMMANDS = {table.__name__: table for table in OF_ANY_MODEL + OF_CERTAIN_MODELS}
-COMMANDS |= {"speculative": speculation, "endurance": endurance, "eval": evaluate, "all": all_tables}
+COMMANDS |= {"speculative": speculation, "runs": runs, "endurance": endurance, "eval": evaluate, "all": all_tables}
 
 if __name__ == "__main__":
     command.run(COMMANDS)

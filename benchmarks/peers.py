@@ -2,6 +2,7 @@
 
 A peer has prefill(ids), which feeds a prompt and returns the logits of its last row, and decode(ids), which feeds the
 last n_steps ids one by one after the others, which were fed before, and returns the logits of the first of these.
+Those that have batches have complete(prompts, n_tokens), which returns n_tokens ids after each prompt, greedily.
 """
 
 import math
@@ -121,6 +122,21 @@ class Transformers:
             logits.append(scores)
         return logits[0]
 
+    def complete(self, prompts, n_tokens):  # -> n_tokens ids after each of the prompts, all padded to the longest
+        n_longest = max(map(len, prompts))
+        ids = [[0] * (n_longest - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (n_longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        with self.torch.inference_mode():
+            out = self.gpt2.generate(
+                self.torch.tensor(ids),
+                attention_mask=self.torch.tensor(mask),
+                max_new_tokens=n_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        return out[:, n_longest:].tolist()
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # CTranslate2
@@ -191,6 +207,19 @@ class CTranslate2:
     def decode(self, ids):
         past, following = ids[: -self.n_steps], ids[-self.n_steps :]
         return self.feed(following[:1], self.n_steps, static_prompt=[str(i) for i in past])
+
+    def complete(self, prompts, n_tokens):
+        # What prompts have beyond the shortest is fed a token at a time, and is in the result.
+        n_shortest, n_longest = min(map(len, prompts)), max(map(len, prompts))
+        results = self.generator.generate_batch(
+            [[str(i) for i in prompt] for prompt in prompts],
+            max_length=n_longest - n_shortest + n_tokens,
+            end_token=[],
+            include_prompt_in_result=False,
+        )
+        new = [result.sequences_ids[0] for result in results]
+        starts = [len(prompt) - n_shortest for prompt in prompts]
+        return [ids[start : start + n_tokens] for ids, start in zip(new, starts, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "checkpoints": set(),
     "console": {"checkpoints", "decoding"},
     "analysis": {"console", "decoding", "gpt2"},
-    "batch": {"console", "decoding", "encoder", "fast", "gpt2", "utils"},
+    "batch": {"console", "decoding", "fast", "gpt2"},
     "benchmarks": PROGRAMS | ROOMS,
 }
 FILES = sorted(

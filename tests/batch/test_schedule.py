@@ -71,10 +71,20 @@ def test_few_rows_in_little_memory(nano, max_rows):
 def test_memory_for_keys_and_values_is_kept_to(nano, monkeypatch):
     encoder, model = nano
     sizes = []
-    monkeypatch.setattr(rows, "room", lambda shape: sizes.append(4 * np.prod(shape)) or np.empty(shape, np.float32))
+    monkeypatch.setattr(rows, "zeros", lambda shape: sizes.append(4 * np.prod(shape)) or np.zeros(shape, np.float32))
     requests = list(mixed(encoder, 40, 512, seed=4))
     assert len(list(complete_many(model, encoder, requests, max_bytes=8e6))) == 40
     assert sizes and max(sizes) <= 8e6
+
+
+def test_memory_that_holds_anything_before(nano, monkeypatch):
+    """As that which a process has used before: rows are padded with it."""
+    encoder, model = nano
+    monkeypatch.setattr("gpt2.room", lambda shape: np.full(shape, np.nan, np.float32))
+    monkeypatch.setattr(
+        np, "empty", lambda shape, dtype=float: np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 0, dtype)
+    )
+    check_all(model, encoder, list(mixed(encoder, 25, 512, seed=5)), n_errors=1, max_rows=6)
 
 
 def test_rows_of_a_large_model(tiny):

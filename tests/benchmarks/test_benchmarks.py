@@ -58,6 +58,14 @@ def test_batches_write_the_texts_of_one_by_one(tmp_path):
     assert all(row["identical"] == "True" and float(row["tokens_per_s"]) > 0 for row in rows[1:])
 
 
+def test_runs_compares_numbers_of_rows(tmp_path):
+    args = ("--model_size", "nano", "--n_prompts", "9", "--n_times", "1", "--workers", "0", "--peers=false")
+    rows = table(tmp_path, "runs", *args)
+    assert {row["prompt_tokens"] for row in rows} == {"20 to 200", "20", "200"}
+    assert [row["how"] for row in rows[:6]] == ["one after another", *(f"{n} rows" for n in (8, 16, 32, 64, 128))]
+    assert all(row["identical"] == "8 of 8" and float(row["tokens_per_s"]) > 0 for row in rows)
+
+
 def test_acceptance_tries_each_length_and_whole_texts(tmp_path):
     args = ("--target_size=tiny", "--draft_size=nano", "--n_tokens=30", "--n_short=12", "--n_times=1")
     rows = table(tmp_path, "acceptance", *args)
@@ -193,6 +201,17 @@ def test_a_peer_gives_the_logits_of_the_reference(peer):
         np.testing.assert_allclose(fed.prefill(prompt), expected[len(prompt) - 1], rtol=0, atol=1e-4)
         for _ in range(2):
             np.testing.assert_allclose(fed.decode(ids), expected[len(prompt)], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("peer", PEERS[1:], ids=lambda peer: peer.__name__)
+def test_a_peer_completes_batches(peer):
+    model = random_model(n_vocab=131, n_ctx=64)
+    try:
+        fed = peer(model)
+    except ImportError as e:
+        pytest.skip(f"{e.name} is not installed")
+    prompts = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
+    assert fed.complete(prompts, 7) == [list(gpt2.generate(model, prompt, 7)) for prompt in prompts]
 
 
 def test_peers_that_are_not_installed_are_named_and_left_out(monkeypatch, capsys):
