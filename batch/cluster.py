@@ -238,5 +238,5 @@ def complete_on_cluster(client, requests: Iterable[Request], task: Callable[...,
                 continue
             for future in done:
                 yield from chunks.results_of(future)
-    except (OSError, distributed.CancelledError, distributed.client.FuturesCancelledError) as e:
+    except (OSError, distributed.CancelledError) as e:
         raise ConnectionError(f"lost the scheduler at {address} ({type(e).__name__}); {GO_ON}") from e

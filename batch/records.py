@@ -26,6 +26,7 @@ from batch.schedule import Result
 from gpt2 import Model
 
 N_LOOKED_AT = 16
+BEGINNING = b'{"id": '  # of each record
 SYNC_S = 1.0  # the longest time between a record and its being synced
 GO_ON = "the same command goes on where it stopped"
 
@@ -127,6 +128,22 @@ def name_of(record: dict) -> tuple[str, str, str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def is_torn(line: bytes) -> bool:
+    """Whether the end is missing, the line end at least. A whole object is looked at as if it had one."""
+    try:
+        return not line.endswith(b"\n") and not isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return not line.endswith(b"\n")
+
+
+def write_to_stdout(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:
+        sys.stdout.write(json.dumps(json.loads(text)) + "\n")
+    sys.stdout.flush()
+
+
 class Output:
     """The file of records, of which one process is the only writer. "-" is stdout, which has no records yet.
 
@@ -135,8 +152,8 @@ class Output:
 
     def __init__(self, path: str):
         self.path, self.name = path, "stdout" if path == "-" else path
-        self.fd = sys.stdout.fileno() if path == "-" else os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        self.is_file = path != "-" and stat.S_ISREG(os.fstat(self.fd).st_mode)
+        self.fd = None if path == "-" else os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self.is_file = self.fd is not None and stat.S_ISREG(os.fstat(self.fd).st_mode)
         self.size = 0  # whole records
         self.condition, self.is_dirty, self.is_closed = threading.Condition(), False, False
         self.sync_error: OSError | None = None
@@ -147,6 +164,8 @@ class Output:
         try:
             import fcntl  # not on Windows
         except ImportError:
+            return
+        if not self.is_file:
             return
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,7 +179,7 @@ class Output:
         with open(os.dup(self.fd), "rb") as f:
             f.seek(0)
             for number, line in enumerate(f, start=1):
-                if not line.endswith(b"\n"):
+                if is_torn(line) and (self.size or line.startswith(BEGINNING)):
                     break
                 try:
                     record = json.loads(line)
@@ -169,6 +188,8 @@ class Output:
                     raise ValueError(
                         f"{self.name}, line {number}: not a record of this program; choose another output"
                     ) from e
+                if not line.endswith(b"\n"):  # only the line end is missing: it is written anew
+                    break
                 self.size += len(line)
                 yield record
         if self.size < os.fstat(self.fd).st_size:
@@ -188,6 +209,8 @@ class Output:
 
     def write(self, line: bytes) -> None:
         """Append a record. OSError: it cannot be written, and nothing of it is left in the file."""
+        if self.fd is None:
+            return write_to_stdout(line.decode())
         if self.sync_error:
             raise self.sync_error
         rest = memoryview(line)
@@ -241,7 +264,7 @@ class Output:
         if self.syncing:
             self.syncing.join()
             self.sync()
-        if self.path != "-":
+        if self.fd is not None:
             os.close(self.fd)
         if self.sync_error:
             raise self.sync_error

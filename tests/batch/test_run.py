@@ -230,6 +230,24 @@ def test_records_of_other_flags_or_another_model_are_not_gone_on_with(prompts, u
     assert records(output) == undisturbed
 
 
+@pytest.mark.parametrize("content", ["hello", "hello\n", '{"id": 1, "prompt": "x"}', '{"id": 1}\n{"id"', "[]", "\n"])
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path, content):
+    (tmp_path / "out").write_text(content)
+    with contextlib.closing(Output(str(tmp_path / "out"))) as output, pytest.raises(ValueError, match="not a record"):
+        output.done()
+    assert (tmp_path / "out").read_text() == content
+
+
+def test_a_torn_record_is_taken_away(tmp_path, undisturbed):
+    whole = undisturbed[0] + undisturbed[1]
+    for n in range(1, len(whole) + 1, 7):
+        (tmp_path / "out").write_bytes(whole[:n])
+        if n >= 7:
+            with contextlib.closing(Output(str(tmp_path / "out"))) as output:
+                assert len(output.done()[0]) == whole[:n].count(b"\n")
+            assert (tmp_path / "out").read_bytes() == whole[: whole.rfind(b"\n", 0, n) + 1]
+
+
 def test_one_process_writes_an_output(tmp_path):
     path = str(tmp_path / "out")
     with contextlib.closing(Output(path)) as output:

@@ -37,7 +37,14 @@ def test_snippets_run(name, n_least, monkeypatch, capsys):
 
 
 def test_links_lead_somewhere():
-    for name in ("README.md", "docs/tour.md", "docs/performance.md", "docs/reliability.md", "models/README.md"):
+    for name in (
+        "README.md",
+        "docs/tour.md",
+        "docs/performance.md",
+        "docs/scaling.md",
+        "docs/reliability.md",
+        "models/README.md",
+    ):
         for link in re.findall(r"\]\(([^)#]+)", text_of(name)):
             if not link.startswith("http"):
                 assert os.path.exists(os.path.join(ROOT, os.path.dirname(name), link)), f"{name}: {link}"
