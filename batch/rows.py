@@ -20,13 +20,14 @@ N_SPARE = 128  # positions more than the longest text needs: so many steps at le
 N_TOGETHER = 1024  # tokens of several prompts in one pass; more gain nothing and take more memory
 MIN_COMMON = 32  # tokens that prompts begin with alike, for which it pays to compute them apart
 N_KEPT = 8  # of such beginnings, at most
+SHARE_OF_KEPT = 1 / 8  # of the memory for keys and values
 
 
 class Beginnings:
-    """Keys and values of what prompts begin with alike, computed once: the newest N_KEPT, the newest last."""
+    """Keys and values of what prompts begin with alike, computed once: the newest N_KEPT in max_bytes, newest last."""
 
-    def __init__(self, model: Model):
-        self.model = model
+    def __init__(self, model: Model, max_bytes: float):
+        self.model, self.max_bytes = model, max_bytes
         self.kept: list[tuple[Sequence[int], np.ndarray]] = []
 
     def find(self, ids: Sequence[int]) -> tuple[int, np.ndarray | None]:
@@ -35,15 +36,17 @@ class Beginnings:
         return (n_same, kv) if n_same >= MIN_COMMON else (0, None)
 
     def keep(self, ids: Sequence[int]) -> None:
-        """Compute and keep all of `ids`, if they are not kept."""
+        """Compute and keep all of `ids`, if they are not kept and there is room."""
         n_same, kv = self.find([*ids, -1])
-        if len(ids) < n_same + MIN_COMMON:
-            return
         cache = self.model.new_cache(n_seq=len(ids))
+        if len(ids) < n_same + MIN_COMMON or cache.kv.nbytes > self.max_bytes:
+            return
         if n_same:
             cache.kv[..., :n_same, :] = kv[..., :n_same, :]
         self.model.forward([ids[n_same:]], KVCache(cache.kv, n_same))
         self.kept = [*self.kept, (ids, cache.kv)][-N_KEPT:]
+        while sum(kv.nbytes for _, kv in self.kept) > self.max_bytes:
+            del self.kept[0]
 
 
 def zeros(shape: tuple[int, ...]) -> np.ndarray:  # -> float32[shape]
@@ -77,12 +80,12 @@ class Rows:
     """
 
     def __init__(self, model: Model, max_bytes: float, max_rows: int):
-        self.model, self.max_bytes, self.max_rows = model, max_bytes, max_rows
+        self.model, self.max_bytes, self.max_rows = model, max_bytes * (1 - SHARE_OF_KEPT), max_rows
         self.n_position_bytes = model.new_cache(n_seq=1).kv.nbytes  # of a row
         self.kv = model.new_cache(0, 1).kv  # [n_layer, 2, n_rows, n_head, n_seq, d_head]
         self.end = 0
         self.seqs: list[Seq] = []
-        self.beginnings = Beginnings(model)
+        self.beginnings = Beginnings(model, max_bytes * SHARE_OF_KEPT)
         self.rounds = None
 
     # ------------------------------------------------------------------------------------------------------------------

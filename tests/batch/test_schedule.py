@@ -121,6 +121,19 @@ def test_a_common_beginning_is_computed_once(nano):
     assert len(begin) > 140 and fed(spied) < 2 * len(begin) + 30 * (40 + 4)
 
 
+def test_beginnings_are_kept_in_their_share_of_memory(nano):
+    _, model = nano
+    n_bytes = model.new_cache(n_seq=64).kv.nbytes
+    beginnings = rows.Beginnings(model, 2.5 * n_bytes)
+    texts = [[i] * 64 for i in range(1, 5)]
+    for ids in texts:
+        beginnings.keep(ids)
+        assert beginnings.find([*ids, 0])[0] == 64
+    assert [beginnings.find([*ids, 0])[0] for ids in texts] == [0, 0, 64, 64]
+    beginnings.keep(texts[3] + [0] * 200)  # too large
+    assert [beginnings.find([*ids, 0])[0] for ids in texts] == [0, 0, 64, 64]
+
+
 def test_samples_of_one_prompt_feed_it_once(nano):
     encoder, model = nano
     spied = Spied(model)
