@@ -9,7 +9,7 @@ import time
 from collections import Counter
 
 import pytest
-from helpers import ROOT, run
+from helpers import ROOT, run, run_here
 from processes import finish, start
 
 from batch.cluster import host_of
@@ -82,7 +82,7 @@ def test_a_cluster_whose_workers_and_scheduler_die(tmp_path):
     prompts.write_text("\n".join(texts))
     waiting.write_text("\n".join([*texts[:64], "WAIT"]))
     for path in (prompts, waiting):
-        assert run("-m", "batch", path, f"--output={path}.alone", *FLAGS).returncode == 0
+        assert run_here("-m", "batch", path, f"--output={path}.alone", *FLAGS).returncode == 0
     with cluster(tmp_path) as (address, scheduler):
         flags = [*FLAGS, f"--scheduler={address}"]
         done = run("-m", "batch", prompts, f"--output={tmp_path / 'out'}", *flags)
@@ -104,14 +104,14 @@ def test_a_cluster_whose_workers_and_scheduler_die(tmp_path):
     assert (status, out) == (1, b"") and b"Traceback" not in err
     assert err.splitlines()[-1].startswith(f"error: lost the scheduler at {address}".encode())
     assert 0 < len(lines_of(tmp_path / "other")) < 65
-    assert run("-m", "batch", waiting, f"--output={tmp_path / 'other'}", *FLAGS).returncode == 0
+    assert run_here("-m", "batch", waiting, f"--output={tmp_path / 'other'}", *FLAGS).returncode == 0
     assert lines_of(tmp_path / "other") == lines_of(tmp_path / "waiting.alone")
 
 
 def test_workers_of_this_machine(tmp_path):
     (tmp_path / "prompts").write_text("ROMEO:\nThe king\n" * 40)
     flags = [tmp_path / "prompts", *FLAGS, "--temperature=0.8"]
-    assert run("-m", "batch", *flags, f"--output={tmp_path / 'alone'}").returncode == 0
+    assert run_here("-m", "batch", *flags, f"--output={tmp_path / 'alone'}").returncode == 0
     done = run("-m", "batch", *flags, f"--output={tmp_path / 'out'}", "--workers=2", "--ordered")
     assert done.returncode == 0 and done.stderr.startswith("dashboard: http://127.0.0.1:"), done.stderr
     assert done.stderr.splitlines()[-1].startswith("80 prompts done, 0 errors, ") and done.stderr.count("\n") == 2
@@ -120,12 +120,11 @@ def test_workers_of_this_machine(tmp_path):
     assert ids == list(range(1, 81))
 
 
-def test_no_scheduler_is_one_line(tmp_path, monkeypatch):
+def test_no_scheduler_is_one_line(tmp_path):
     (tmp_path / "prompts").write_text("x")
     flags = [f"--output={tmp_path / 'out'}", "--model_size=nano", "--scheduler=tcp://127.0.0.1:9"]
-    env = {"PYTHONPATH": ROOT, "GPT2_CONNECT_S": "1"}
     done = run("-c", "from batch import cluster, run; from console import command\n"
-               "cluster.CONNECT_S = 0.5; command.run(run.main)", tmp_path / "prompts", *flags, env=env)  # fmt: skip
+               "cluster.CONNECT_S = 0.5; command.run(run.main)", tmp_path / "prompts", *flags)  # fmt: skip
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
         "error: no Dask scheduler at tcp://127.0.0.1:9"
     )
@@ -151,7 +150,7 @@ def test_dask_that_is_not_installed_is_said(tmp_path):
 )
 def test_mistakes(tmp_path, flags, error):
     (tmp_path / "prompts").write_text("x")
-    done = run("-m", "batch", tmp_path / "prompts", f"--output={tmp_path / 'out'}", *flags)
+    done = run_here("-m", "batch", tmp_path / "prompts", f"--output={tmp_path / 'out'}", *flags)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1) and error in done.stderr
 
 
@@ -160,7 +159,7 @@ def test_the_host_of_a_worker():
     assert Counter(map(host_of, addresses)) == {"10.0.0.1": 2, "::1": 1, "10.0.0.9": 1}
 
 
-@pytest.mark.parametrize(("n_cores", "n"), [(8, 2), (8, 3), (2, 2), (2, 4), (1, 3)])
+@pytest.mark.parametrize(("n_cores", "n"), [(8, 3), (2, 2), (1, 2)])
 def test_workers_of_a_host_share_its_cores(n_cores, n):
     code = (
         "import os; from fast import threads\n"

@@ -12,7 +12,7 @@ import time
 from collections import deque
 
 import pytest
-from helpers import run
+from helpers import run, run_here
 from processes import finish, start
 
 import gpt2
@@ -63,7 +63,7 @@ def undisturbed(tmp_path_factory):
     """The records of a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "prompts").write_text("\n".join(lines()))
-    done = run(*batch(folder / "prompts", folder / "out"))
+    done = run_here(*batch(folder / "prompts", folder / "out"))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1)
     assert done.stderr.startswith("119 prompts done, 2 errors, ") and "to do" not in done.stderr
     found = records(folder / "out")
@@ -79,7 +79,7 @@ def test_records_say_what_gpt2_says(prompts, undisturbed, nano):
     assert first["status_code"] == 200 and first["body"]["choices"][0]["text"] == encoder.decode(ids)
     assert first["body"]["usage"]["completion_tokens"] == 15 and first["body"]["object"] == "text_completion"
     seeded = by_id[3]  # its prompt is ""
-    done = run("gpt2.py", "", *FLAGS, "--temperature=0.9", f"--seed={seeded['seed']}", "--n_tokens_to_generate=16")
+    done = run_here("gpt2.py", "", *FLAGS, "--temperature=0.9", f"--seed={seeded['seed']}", "--n_tokens_to_generate=16")
     assert done.stdout == seeded["text"] and seeded["finish_reason"] in ("length", "stop")
     assert by_id[30]["error"]["line"] == 31 and "exceed the context" in by_id[30]["error"]["message"]
     assert by_id[None]["error"]["message"].startswith("line 61: no JSON")
@@ -87,13 +87,13 @@ def test_records_say_what_gpt2_says(prompts, undisturbed, nano):
 
 def test_the_same_command_again_has_nothing_to_do(prompts, undisturbed, tmp_path):
     (tmp_path / "out").write_bytes(b"".join(undisturbed))
-    done = run(*batch(prompts, tmp_path / "out"))
+    done = run_here(*batch(prompts, tmp_path / "out"))
     assert done.returncode == 0 and done.stderr.startswith("0 prompts done, 0 errors, 121 done before")
     assert records(tmp_path / "out") == undisturbed
 
 
 def test_ordered_is_in_the_order_of_the_prompts(prompts, undisturbed, tmp_path):
-    assert run(*batch(prompts, tmp_path / "out", "--ordered")).returncode == 0
+    assert run_here(*batch(prompts, tmp_path / "out", "--ordered")).returncode == 0
     lines = (tmp_path / "out").read_bytes().splitlines(keepends=True)
     assert sorted(lines) == undisturbed
     ids = [record.get("custom_id", record.get("id")) for record in map(json.loads, lines)]
@@ -124,7 +124,7 @@ def test_killed_at_random_moments_and_gone_on_with(prompts, undisturbed, tmp_pat
         killed_at_random(prompts, output, rng, (0.2, 1.2))
         if output.exists() and rng.random() < 0.5:  # as after a loss of power
             os.truncate(output, max(0, output.stat().st_size - rng.randrange(1, 40)))
-    done = run(*batch(prompts, output))
+    done = run_here(*batch(prompts, output))
     assert done.returncode == 0, done.stderr
     assert records(output) == undisturbed
 
@@ -139,7 +139,7 @@ def test_interrupted_and_gone_on_with(prompts, undisturbed, tmp_path):
     status, out, err = finish(process)
     if status != 0:  # it was not done yet
         assert (status, out, err.count(b"\n")) == (130, b"", 1) and b"the same command goes on" in err
-    assert run(*batch(prompts, output)).returncode == 0
+    assert run_here(*batch(prompts, output)).returncode == 0
     assert records(output) == undisturbed
 
 
@@ -154,13 +154,13 @@ def test_a_file_that_may_not_grow(prompts, undisturbed, tmp_path):
         b"File too large; the same command goes on where it stopped\n"
     )
     assert 0 < len(records(output)) < 121 and output.stat().st_size <= 5000
-    assert run(*batch(prompts, output)).returncode == 0
+    assert run_here(*batch(prompts, output)).returncode == 0
     assert records(output) == undisturbed
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_full_disk(prompts):
-    done = run(*batch(prompts, "/dev/full"))
+    done = run_here(*batch(prompts, "/dev/full"))
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: /dev/full: No space left on device")
 
 
@@ -173,7 +173,7 @@ def test_a_pipe_that_is_closed_in_the_middle(prompts, undisturbed, tmp_path):
     assert status in (0, 128 + signal.SIGPIPE) and err.count(b"\n") == 1
     assert status == 0 or b"the same command goes on" in err
     (tmp_path / "out").write_bytes(got)  # records are all that is needed to go on
-    done = run(*batch(prompts, tmp_path / "out"))
+    done = run_here(*batch(prompts, tmp_path / "out"))
     assert ", 10 done before" in done.stderr
     assert records(tmp_path / "out") == undisturbed
 
@@ -207,10 +207,10 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(prompts, tmp_path):
         ([f"--output={out}", "--n_samples=0", no_model], "n_samples is 0"),
         ([f"--output={out}", no_model], "no model 'none'"),
     ):
-        done = run("-m", "batch", prompts, *flags)
+        done = run_here("-m", "batch", prompts, *flags)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
         assert done.stderr.startswith(f"error: {error}"), done.stderr
-    done = run("-m", "batch", "/dev/zero", "--output=-", no_model)
+    done = run_here("-m", "batch", "/dev/zero", "--output=-", no_model)
     assert done.returncode == 1 and "line 1 has more than 17 MB" in done.stderr
 
 
@@ -222,10 +222,10 @@ def test_records_of_other_flags_or_another_model_are_not_gone_on_with(prompts, u
         (["--seed=3"], "from other flags or another prompt than line 1"),
         (["--model_size=tiny"], "has records of another model than tiny"),
     ):
-        done = run(*batch(prompts, output, *flags))
+        done = run_here(*batch(prompts, output, *flags))
         assert (done.returncode, done.stderr.count("\n")) == (1, 1) and error in done.stderr
     prompts.write_text(prompts.read_text().replace("ROMEO", "TYBALT", 1))
-    done = run(*batch(prompts, output))
+    done = run_here(*batch(prompts, output))
     assert done.returncode == 1 and "from other flags or another prompt than line 1" in done.stderr
     assert records(output) == undisturbed
 

@@ -55,7 +55,7 @@ def check_all(model, encoder, requests, n_errors, **options):
 
 def test_500_mixed_prompts_are_what_they_are_alone(nano):
     encoder, model = nano
-    requests = list(mixed(encoder, 500, 512))
+    requests = list(mixed(encoder, 500, 512, n_new=16))
     check_all(model, encoder, requests, n_errors=20)
 
 
@@ -91,7 +91,7 @@ def test_rows_of_a_large_model(tiny):
     """Those that share out layers among threads and read packed weights."""
     encoder, model = tiny
     model = shared_out(model)
-    requests = [request for request in mixed(encoder, 16, 160, seed=1) if len(request.prompts[0]) > 3]
+    requests = [request for request in mixed(encoder, 12, 160, seed=1, n_new=12) if len(request.prompts[0]) > 3]
     check_all(model, encoder, requests, n_errors=0, max_rows=8)
 
 
