@@ -154,10 +154,11 @@ class Output:
         self.path, self.name = path, "stdout" if path == "-" else path
         self.fd = None if path == "-" else os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self.is_file = self.fd is not None and stat.S_ISREG(os.fstat(self.fd).st_mode)
-        self.size = 0  # whole records
-        self.condition, self.is_dirty, self.is_closed = threading.Condition(), False, False
+        self.size = self.n_synced = 0  # bytes of whole records
+        self.is_closed = False
         self.sync_error: OSError | None = None
-        self.syncing: threading.Thread | None = None
+        if self.is_file:
+            threading.Thread(target=self.keep_synced, daemon=True).start()
 
     def lock(self) -> None:
         """Until the file is closed. Systems and file systems that lock nothing go without."""
@@ -192,6 +193,7 @@ class Output:
                     break
                 self.size += len(line)
                 yield record
+        self.n_synced = self.size
         if self.size < os.fstat(self.fd).st_size:
             os.ftruncate(self.fd, self.size)
 
@@ -225,44 +227,31 @@ class Output:
                     os.ftruncate(self.fd, self.size)
             raise self.failed(e) from e
         self.size += len(line)
-        if self.is_file:
-            with self.condition:
-                self.is_dirty = True
-                self.condition.notify()
-            if not self.syncing:
-                self.syncing = threading.Thread(target=self.keep_synced, daemon=True)
-                self.syncing.start()
 
     def failed(self, e: OSError) -> OSError:
         return OSError(e.errno, f"{os.strerror(e.errno)}; {GO_ON}", self.name)
 
     def keep_synced(self) -> None:
-        """On a thread, since a disk may take longer than a step."""
-        while True:
-            with self.condition:
-                self.condition.wait_for(lambda: self.is_dirty or self.is_closed)
-                if self.is_closed:
-                    return
-                self.is_dirty = False
-            started = time.monotonic()
+        """On a thread, since a disk may take longer than a step. Without a lock, which Ctrl-C could leave locked."""
+        while not self.is_closed:
             self.sync()
-            with self.condition:
-                self.condition.wait_for(lambda: self.is_closed, SYNC_S - (time.monotonic() - started))
+            time.sleep(SYNC_S / 2)
 
     def sync(self) -> None:
+        size = self.size
+        if size == self.n_synced:
+            return
         try:
             os.fsync(self.fd)
         except OSError as e:
             if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):  # what cannot be synced need not be
                 self.sync_error = self.failed(e)
+        self.n_synced = size
 
     def close(self) -> None:
         """OSError: what was written last may not be on the disk."""
-        with self.condition:
-            self.is_closed = True
-            self.condition.notify()
-        if self.syncing:
-            self.syncing.join()
+        self.is_closed = True
+        if self.is_file:
             self.sync()
         if self.fd is not None:
             os.close(self.fd)

@@ -138,7 +138,7 @@ def test_interrupted_and_gone_on_with(prompts, undisturbed, tmp_path):
     process.send_signal(signal.SIGINT)
     status, out, err = finish(process)
     if status != 0:  # it was not done yet
-        assert (status, out, err.count(b"\n")) == (130, b"", 1) and b"the same command goes on" in err
+        assert (status, out, err.count(b"\n")) == (130, b"", 1) and b"the same command goes on" in err, err
     assert run_here(*batch(prompts, output)).returncode == 0
     assert records(output) == undisturbed
 
