@@ -50,6 +50,10 @@ def kind_of(path: str) -> str | None:
     return "nanogpt" if is_nanogpt or os.path.exists(os.path.join(path, NANOGPT)) else None
 
 
+def nanogpt_file(path: str) -> str:
+    return path if path.endswith(".pt") else os.path.join(path, NANOGPT)
+
+
 def models_in(models_dir: str) -> list[str]:
     """The folders of `models_dir` that hold a model."""
     if not os.path.isdir(models_dir):
@@ -152,7 +156,7 @@ def read_nanogpt(path: str, models_dir: str, gelu: str | None, vocabulary: str |
     """A ckpt.pt, with the characters of the meta.pkl beside it, or the vocabulary of another model, as 124M."""
     from checkpoints import nanogpt  # which others do not need
 
-    path = path if path.endswith(".pt") else os.path.join(path, NANOGPT)
+    path = nanogpt_file(path)
     meta = os.path.join(os.path.dirname(path), META)
     names = [os.path.basename(path)] + [META] * os.path.exists(meta)
     check_files(os.path.dirname(path), names, {META: nanogpt.MAX_META}, nanogpt.SAVE_AGAIN)
@@ -215,11 +219,12 @@ def load_encoder_hparams_and_params(
 
 def checks_of_others(path: str, read: Callable) -> list[Callable[[], object]]:
     """What is checked of a model of Hugging Face or nanoGPT, which `read` reads."""
+    read = functools.cache(read)  # once for all checks, as what it says on stderr
     checks: list[Callable[[], object]] = [lambda: read(path), lambda: check_finite(read(path)[2], path)]
     if kind_of(path) == "nanogpt":
         from checkpoints.nanogpt import verify_nanogpt
 
-        checks.append(lambda: verify_nanogpt(path if path.endswith(".pt") else os.path.join(path, NANOGPT)))
+        checks.append(lambda: verify_nanogpt(nanogpt_file(path)))
     return [*checks, lambda: nest_params(*read(path)[:0:-1], path)]
 
 

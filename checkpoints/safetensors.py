@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from checkpoints import COPY_AGAIN, Damaged
+from checkpoints.weights import widened
 
 MAX_HEADER, MAX_DIMS = 100_000_000, 32  # the format's bytes, and NumPy's dimensions with room to spare
 SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
@@ -95,8 +96,8 @@ def read_header(path: str) -> dict[str, Tensor]:
 
 def as_float32(buffer, dtype: str, n: int, offset: int) -> np.ndarray:  # -> float32[n]
     """Numbers of the mapped file, or a copy of what is not float32 at a multiple of four bytes."""
-    if dtype == "BF16":  # the first two bytes of a float32
-        return (np.frombuffer(buffer, "<u2", n, offset).astype(np.uint32) << 16).view(np.float32)
+    if dtype == "BF16":
+        return widened(np.frombuffer(buffer, "<u2", n, offset))
     numbers = np.frombuffer(buffer, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype], n, offset)
     with np.errstate(over="ignore"):  # infinity is found where all weights are checked
         return numbers.astype(np.float32, copy=not numbers.flags.aligned)

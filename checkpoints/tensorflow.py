@@ -19,6 +19,7 @@ import numpy as np
 
 from checkpoints import DOWNLOAD_AGAIN
 from checkpoints.table import Damaged, mask_crc32c, message_fields, of_kind, single, table_entries
+from checkpoints.weights import widened
 
 BUNDLE_KEY = b""  # the table's first key holds the BundleHeaderProto
 BYTE_ORDERS = "<>"  # by its number in the header
@@ -204,8 +205,8 @@ def stored(entry: Entry, data: mmap.mmap | bytes, order: str) -> np.ndarray:
     """The numbers of an entry: a view of the file if they are float32 already."""
     kind = order + DTYPES[entry.dtype]
     array = np.frombuffer(data, kind, math.prod(entry.shape), entry.offset) if entry.size else np.empty(0, kind)
-    if entry.dtype == BFLOAT16:  # the upper half of a float32
-        array = (array.astype(np.uint32) << 16).view(np.float32)
+    if entry.dtype == BFLOAT16:
+        array = widened(array)
     with np.errstate(over="ignore"):  # an infinite number is reported when it is used
         array = array.astype(kind_read(entry.dtype), copy=not array.flags.aligned)
     return array.reshape(entry.shape)

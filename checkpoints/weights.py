@@ -5,6 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 
 
+def widened(upper_halves: np.ndarray) -> np.ndarray:
+    """bfloat16 as float32, of which it is the first two bytes."""
+    return (upper_halves.astype(np.uint32) << 16).view(np.float32)
+
+
 def expected_shapes(hparams: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape) of each variable of a GPT-2, as OpenAI's checkpoints have them."""
     n_embd, n_inner = hparams["n_embd"], hparams.get("n_inner") or 4 * hparams["n_embd"]
