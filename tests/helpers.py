@@ -7,6 +7,8 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
+import tracemalloc
 from functools import partial
 
 import numpy as np
@@ -99,6 +101,18 @@ def run_here(*args, stdin="", env=None, cwd=ROOT):
         for name, value in (env or {}).items():
             patch.setenv(name, value)
         return subprocess.CompletedProcess(argv, *outcome(program))
+
+
+@contextlib.contextmanager
+def within(seconds, n_bytes):
+    """What is done here takes less processor time, and less memory at its peak."""
+    tracemalloc.start()
+    started = time.process_time()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert time.process_time() - started < seconds
+    assert peak < n_bytes
 
 
 def outcome(action):

@@ -188,13 +188,18 @@ def test_the_plain_forward_is_the_reference():
     np.testing.assert_allclose(cached, expected[1::2], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.__name__)
-def test_a_peer_gives_the_logits_of_the_reference(peer):
+def fed_by(peer):
+    """A random model and a peer that has its weights."""
     model = random_model(n_vocab=131, n_ctx=64)
     try:
-        fed = peer(model)
+        return model, peer(model)
     except ImportError as e:
         pytest.skip(f"{e.name} is not installed")
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.__name__)
+def test_a_peer_gives_the_logits_of_the_reference(peer):
+    model, fed = fed_by(peer)
     for prompt in ([3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 0, 130]):
         ids = prompt + [5, 9] * (fed.n_steps // 2) + [7] * (fed.n_steps % 2)
         expected = reference_logits(model, ids)
@@ -205,11 +210,7 @@ def test_a_peer_gives_the_logits_of_the_reference(peer):
 
 @pytest.mark.parametrize("peer", PEERS[1:], ids=lambda peer: peer.__name__)
 def test_a_peer_completes_batches(peer):
-    model = random_model(n_vocab=131, n_ctx=64)
-    try:
-        fed = peer(model)
-    except ImportError as e:
-        pytest.skip(f"{e.name} is not installed")
+    model, fed = fed_by(peer)
     prompts = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
     assert fed.complete(prompts, 7) == [list(gpt2.generate(model, prompt, 7)) for prompt in prompts]
 

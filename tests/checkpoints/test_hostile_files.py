@@ -2,13 +2,11 @@
 
 import os
 import shutil
-import time
-import tracemalloc
 
 import numpy as np
 import pytest
 from bundles import HPARAMS, entry_message, index_of, table, with_right_checksums, write_bundle
-from helpers import MODELS, random_variables, read_bytes, run_here, write_bytes
+from helpers import MODELS, random_variables, read_bytes, run_here, within, write_bytes
 
 from checkpoints import openai
 from checkpoints.openai import MODEL_FILES
@@ -44,13 +42,8 @@ def nano_copy(tmp_path):
 @pytest.fixture
 def modest():
     """Ends within 20 s of processor time and 100 MB, where the slips this guards against took minutes or gigabytes."""
-    tracemalloc.start()
-    started = time.process_time()
-    yield
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert time.process_time() - started < 20
-    assert peak < 100e6
+    with within(seconds=20, n_bytes=100e6):
+        yield
 
 
 def fault_of(prefix, match=None):

@@ -4,10 +4,9 @@ import functools
 import os
 import pickle
 import pickletools
-import time
-import tracemalloc
 
 import pytest
+from helpers import within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,13 +27,8 @@ values = st.recursive(
 @pytest.fixture
 def modest():
     """Ends within 10 s of processor time and 150 MB, where the slips this guards against took minutes or gigabytes."""
-    tracemalloc.start()
-    started = time.process_time()
-    yield
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert time.process_time() - started < 10
-    assert peak < 150e6
+    with within(seconds=10, n_bytes=150e6):
+        yield
 
 
 def fault_of(data, match=None):
