@@ -18,8 +18,17 @@ def restore_sigint():
 
 
 def start(*args, preexec_fn=restore_sigint, **streams):
+    """The process. Its pipes have no buffer, where bytes would lie that `finish` does not see."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | streams
-    return subprocess.Popen([sys.executable, *args], cwd=ROOT, preexec_fn=preexec_fn, **pipes)
+    return subprocess.Popen([sys.executable, *args], cwd=ROOT, preexec_fn=preexec_fn, bufsize=0, **pipes)
+
+
+def read(process, n: int) -> bytes:
+    """The next n bytes of its stdout; fewer where it ends."""
+    out = b""
+    while len(out) < n and (more := process.stdout.read(n - len(out))):
+        out += more
+    return out
 
 
 def finish(process):

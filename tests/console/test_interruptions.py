@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 from helpers import random_model, shared_out
-from processes import GPT2, SPECULATIVE, finish, start
+from processes import GPT2, SPECULATIVE, finish, read, start
 
 import fast
 from fast import panels, shares
@@ -53,7 +53,7 @@ def test_interrupt_at_any_moment_ends_it_quietly(args, n_moments):
     statuses = set()
     for moment in range(n_moments):
         process = start("-c", SIGNALLING, *args)
-        assert process.stdout.read(1) == b"D"
+        assert read(process, 1) == b"D"
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.4 * moment / n_moments)
         process.send_signal(signal.SIGINT)
@@ -67,7 +67,7 @@ def test_interrupt_at_any_moment_ends_it_quietly(args, n_moments):
 @pytest.mark.parametrize("n_more", [0, 1, 50])
 def test_interrupt_during_generation_has_its_status_however_often(args, n_more):
     process = start(*args)
-    process.stdout.read(5)
+    read(process, 5)
     process.send_signal(signal.SIGINT)
     for _ in range(n_more):
         process.send_signal(signal.SIGINT)
@@ -80,7 +80,7 @@ def test_interrupt_during_generation_has_its_status_however_often(args, n_more):
 @pytest.mark.parametrize("n_read", [1, 2, 100])
 def test_termination_ends_it_at_once(args, n_read):
     process = start("-c", SIGNALLING, *args)  # its first byte comes before the imports
-    process.stdout.read(n_read)
+    read(process, n_read)
     process.terminate()
     status, _, err = finish(process)
     assert (status, err) == (-signal.SIGTERM, b"")
@@ -91,7 +91,7 @@ def test_an_ignored_interrupt_stays_ignored():
     args = [*GPT2[:-1], "--n_tokens_to_generate=100"]
     _, whole, _ = finish(start(*args))
     process = start("-c", SIGNALLING, *args, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    out = process.stdout.read(2)
+    out = read(process, 2)
     process.send_signal(signal.SIGINT)
     status, rest, err = finish(process)
     assert (status, out[1:] + rest, err) == (0, whole, b"")
@@ -103,7 +103,7 @@ def test_threads_never_outlive_the_program(module, number):
     args = (GPT2 if module == "gpt2" else SPECULATIVE)[2:]
     for n_read in (0, 1, 30):
         process = start("-c", THREADED.format(module=module), "to be or not to be, " * 12, *args)
-        process.stdout.read(n_read)
+        read(process, n_read)
         process.send_signal(number)
         status, _, err = finish(process)
         if n_read:  # else it may come before the first line
