@@ -13,6 +13,7 @@ import numpy as np
 
 from decoding.draft_length import common_length
 from decoding.prefill import left_padded
+from fast import N_TEXTS, take_rows
 from fast.memory import check_memory
 from gpt2 import KVCache, Model, Seq, decode
 
@@ -151,6 +152,20 @@ class Rows:
         for (n_same, _), (kv, alike) in groups.items():
             for some in in_passes(alike, n_same):
                 self.feed(some, n_same, kv)
+        self.arrange()
+
+    def arrange(self) -> None:
+        """The longest texts first, by the N_TEXTS, so that attention, which takes these at once, reads less padding."""
+        n = len(self.seqs)
+        by_length = sorted(range(n), key=lambda row: -len(self.seqs[row].ids))
+        rows = list(range(n))
+        for start in range(0, n, N_TEXTS):
+            here, wanted = rows[start : start + N_TEXTS], by_length[start : start + N_TEXTS]
+            free, coming = ([row for row in a if row not in b] for a, b in ((here, wanted), (wanted, here)))
+            for slot, row in zip(free, coming, strict=True):
+                rows[slot] = row
+        take_rows(self.kv[:, :, :n], rows, self.end - len(self.seqs[by_length[0]].ids) + 1, self.end)
+        self.seqs = [self.seqs[row] for row in rows]
 
     def feed(self, seqs: list[Seq], n_same: int, kv: np.ndarray | None) -> None:
         """New rows for prompts of which the first n_same tokens are in `kv`."""

@@ -180,7 +180,11 @@ class Job:
 
 
 class Waiting:
-    """Texts that have no row yet, in the order of their requests, with what prompts near each begin with alike."""
+    """Texts that have no row yet, with what prompts near each begin with alike.
+
+    They are in the order of their requests; the last ones, of which no more come, have the longest first, so that no
+    long text is left to run almost alone.
+    """
 
     def __init__(self, model: Model, encoder, requests: Iterable[Request], n_ahead: int):
         self.model, self.encoder, self.requests, self.n_ahead = model, encoder, iter(requests), n_ahead
@@ -205,6 +209,8 @@ class Waiting:
                 yield job.result()
         self.n_common |= common_with_neighbours(new)
         self.seqs += new
+        if len(self.seqs) < self.n_ahead:  # there are no more requests
+            self.seqs = deque(sorted(self.seqs, key=lambda seq: seq.n_prompt - seq.n_end))
 
     def take(self, n: int) -> tuple[list[Seq], list[int]]:
         seqs = [self.seqs.popleft() for _ in range(n)]

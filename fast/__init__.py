@@ -6,7 +6,7 @@ What is computed is in gpt2.py alone. Here is decided which thread computes what
 import numpy as np
 
 from fast.activations import ACTIVATIONS
-from fast.arrays import elementwise, mean, row_sums, take_rows, tiled, times_transposed
+from fast.arrays import N_TEXTS, elementwise, mean, row_sums, take_rows, tiled, times_transposed
 from fast.memory import check_memory, keep_freed_memory, room
 from fast.shares import MAX_FEW, Shares, in_shares, output_matrix
 from fast.threads import blas, count_threads, forks
@@ -14,7 +14,7 @@ from fast.threads import blas, count_threads, forks
 if not hasattr(np, "vecdot"):
     raise ImportError(f"NumPy 2.0 or newer is needed, this is {np.__version__}; pip install --upgrade numpy")
 __all__ = ["ACTIVATIONS", "Passes", "elementwise", "mean", "row_sums", "tiled", "times_transposed"]  # formulas
-__all__ += ["check_memory", "room", "take_rows"]
+__all__ += ["N_TEXTS", "check_memory", "room", "take_rows"]
 MIN_BYTES = 1 << 26  # of weights; smaller models, as the embedded ones, are in the cache, and threads gain nothing
 
 

@@ -9,6 +9,7 @@ from fast.memory import room
 
 N_PIECE = 1 << 16  # numbers, 256 kB: so a formula's temporaries stay in the L2 cache
 N_FEW = 16  # queries that are attended at once, whatever the number of keys
+N_TEXTS = 32  # of a padded batch, attended at once without the padding that all of them have
 N_QUERIES = 96  # of more, attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
 N_SCORES = 1 << 18  # at once, 1 MB, of as many heads: few calls, since each waits for the GIL
 
@@ -56,10 +57,17 @@ def tiled(attend):
     @wraps(attend)
     def in_tiles(q, k, v, padding=None):
         n_rows = q.shape[-2]
-        if n_rows <= N_FEW:
-            return attend(q, k, v, padding)
+        if n_rows <= N_FEW and padding is None:
+            return attend(q, k, v)
         (n_batch, n_head), n_past = q.shape[:2], k.shape[-2] - n_rows
         out = np.empty_like(q)
+        if n_rows <= N_FEW:
+            n_pad = np.minimum(np.count_nonzero(padding, axis=(1, 2, 3)), n_past)
+            for start in range(0, n_batch, N_TEXTS):
+                some = slice(start, start + N_TEXTS)
+                seen = some, slice(None), slice(n_pad[some].min(), None)
+                out[some] = attend(q[some], k[seen], v[seen], padding[some, :, :, seen[2]])
+            return out
         for start in range(0, n_rows, N_QUERIES):
             rows = slice(start, min(start + N_QUERIES, n_rows))
             seen = slice(0, n_past + rows.stop)

@@ -22,6 +22,7 @@ from fast.threads import Stopped, run
 
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
 MAX_FEW = 64  # rows for which panels can be faster than the weights as they lie
+MANY = 16  # rows; of more, only multiples are timed
 N_ROWS_OF_WIDTH = 5  # the width of the panels is what suits so many rows best
 N_TIMINGS = 3  # of each way
 TRIAL_BYTES = 1 << 27  # packed first, to see how long it takes: more than caches hold
@@ -117,7 +118,10 @@ class Shares:
             with self.lock: self.pack(n_left)  # fmt: skip  # noqa: E701  # one line: see Blas.held
         if self.is_packed:
             for n_rows in row_counts - self.ways.keys():
-                self.ways[n_rows] = self.fastest(WAYS, n_rows)
+                n_timed = n_rows if n_rows < MANY else -(-n_rows // MANY) * MANY
+                if n_timed not in self.ways:
+                    self.ways[n_timed] = self.fastest(WAYS, n_timed)
+                self.ways[n_rows] = self.ways[n_timed]
 
     def pay(self, n_left: int) -> bool:
         """Whether the weights are packed, or n_left tokens to come earn back the time of packing."""

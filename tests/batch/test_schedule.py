@@ -161,6 +161,34 @@ def test_a_text_that_ends_gives_its_row_away():
     assert [seq.ids[1:] for seq in seqs] == [list(gpt2.generate(spied, [i + 1], n)) for i, n in enumerate(lengths)]
 
 
+def test_long_texts_are_not_left_to_the_end(nano):
+    encoder, model = nano
+    lengths = [4, 4, 4, 4, 4, 40, 20]  # in this order 48 steps of two rows or one
+    requests = [Request([[i + 1]], n_tokens_to_generate=n, ignore_eot=True) for i, n in enumerate(lengths)]
+    spied = Spied(model)
+    assert len(list(complete_many(spied, encoder, requests, max_rows=2))) == 7
+    assert len(spied.shapes) <= 45  # 40 steps, and passes that settle near ties
+
+
+def test_texts_of_about_the_same_length_are_side_by_side(monkeypatch):
+    """So that the padding which neighbours share is not attended to."""
+    monkeypatch.setattr(rows, "N_TEXTS", 3)
+    model = random_model(n_ctx=100)
+    together = rows.Rows(model, 1e9, 8)
+    lengths = [5, 30, 8, 22, 40, 3, 16]
+    seqs = [gpt2.Seq(range(1, 1 + n), 10, gpt2.greedy) for n in lengths]
+    for some in (seqs[:4], seqs[4:]):
+        together.join(some, [0] * len(some))
+        together.step()
+    side_by_side = [sorted(seq.n_prompt for seq in together.seqs[i : i + 3]) for i in (0, 3, 6)]
+    assert side_by_side == [[22, 30, 40], [5, 8, 16], [3]]
+    while together.seqs:
+        together.step()
+    assert [seq.ids[n:] for seq, n in zip(seqs, lengths, strict=True)] == [
+        list(gpt2.generate(model, list(range(1, 1 + n)), 10)) for n in lengths
+    ]
+
+
 def test_requests_are_read_when_they_are_needed(nano):
     encoder, model = nano
     n_read = 0
