@@ -25,6 +25,7 @@ MAX_FEW = 64  # rows for which panels can be faster than the weights as they lie
 MANY = 16  # rows; of more, only multiples are timed
 N_ROWS_OF_WIDTH = 5  # the width of the panels is what suits so many rows best
 N_TIMINGS = 3  # of each way
+N_PARTS = 32  # of the output matrix: one is timed at a time
 TRIAL_BYTES = 1 << 27  # packed first, to see how long it takes: more than caches hold
 TYPICAL_STEPS = 8  # of one row, as long as packing takes; 50 and more in memory new to a virtual machine
 MIN_GAIN = 0.5  # steps of one row that packed weights save for each token, at least
@@ -74,11 +75,12 @@ class Shares:
         self.columns = [slice(heads.start * d_head, heads.stop * d_head) for heads in self.heads]
         self.units = cut(params["blocks"][0]["mlp"]["c_fc"]["w"].shape[1], n, 64)
         self.ids = cut(len(params["wte"]), n, 64)
-        self.ways: dict = {}  # by the number of rows; as they lie, where there is none
+        self.ways, self.output_ways = {}, {}  # by the number of rows; as they lie, where there is none
         self.matrices: list[list[Matrix]] = [[] for _ in range(n)]  # by share: four of each layer, then the output's
         self.params_of = [self.share(i) for i in range(n)]
         self.n_bytes = sum(matrix.w.nbytes for matrices in self.matrices for matrix in matrices)
         self.layers = cycle([slice(4 * i, 4 * i + 4) for i in range(len(params["blocks"]))])  # of `matrices`
+        self.parts = cycle(range(N_PARTS))
         self.lock = threading.Lock()
         self.is_packed, self.has_room = False, True
         self.steps_to_pack = TYPICAL_STEPS  # what packing takes, in steps of one row
@@ -88,8 +90,8 @@ class Shares:
         """Params with the matrices of share i, noted in `matrices`. The first adds the biases of what is summed up."""
         heads, units, is_first = self.columns[i], self.units[i], np.float32(i == 0)
 
-        def matrix(w):
-            self.matrices[i].append(Matrix(w, self.ways))
+        def matrix(w, ways=self.ways):
+            self.matrices[i].append(Matrix(w, ways))
             return self.matrices[i][-1]
 
         blocks = []
@@ -102,7 +104,8 @@ class Shares:
             c_fc = {"w": matrix(c_fc[None, :, units]), "b": b[2][units]}
             mlp = {"c_fc": c_fc, "c_proj": {"w": matrix(mlp_proj[None, units]), "b": b[3] * is_first}}
             blocks.append(block | {"attn": attn, "mlp": mlp})
-        return self.params | {"blocks": blocks, "lm_head": matrix(output_matrix(self.params)[None, :, self.ids[i]])}
+        lm_head = matrix(output_matrix(self.params)[None, :, self.ids[i]], self.output_ways)
+        return self.params | {"blocks": blocks, "lm_head": lm_head}
 
     def on_all(self, work) -> list:
         """What work(matrices) returns for each share, on its thread."""
@@ -119,20 +122,29 @@ class Shares:
         if self.is_packed:
             for n_rows in row_counts - self.ways.keys():
                 n_timed = n_rows if n_rows < MANY else -(-n_rows // MANY) * MANY
-                if n_timed not in self.ways:
-                    self.ways[n_timed] = self.fastest(WAYS, n_timed)
-                self.ways[n_rows] = self.ways[n_timed]
+                for ways, sample in ((self.output_ways, self.sample_output), (self.ways, self.sample_layer)):
+                    if n_timed not in ways:
+                        ways[n_timed] = self.fastest(WAYS, n_timed, sample, seconds)
+                    ways[n_rows] = ways[n_timed]
 
     def pay(self, n_left: int) -> bool:
         """Whether the weights are packed, or n_left tokens to come earn back the time of packing."""
         return self.is_packed or self.steps_to_pack <= MIN_GAIN * n_left
 
-    def fastest(self, ways, n_rows: int, seconds=seconds):
-        """The fastest of `ways` for n_rows rows. Each timing takes another layer, which no cache holds."""
+    def sample_layer(self) -> list[list[Matrix]]:
+        """By share, the matrices of the next layer, which no cache holds."""
+        layer = next(self.layers)
+        return [matrices[layer] for matrices in self.matrices]
+
+    def sample_output(self) -> list[list[Matrix]]:
+        part = next(self.parts)
+        return [[matrices[-1].part(part, N_PARTS)] for matrices in self.matrices]
+
+    def fastest(self, ways, n_rows: int, sample, seconds):
+        """The fastest of `ways` for products of n_rows rows with the matrices that `sample` takes for each timing."""
         times: dict = {way: [] for way in ways}
         for way in [*ways] * N_TIMINGS:
-            layer = next(self.layers)
-            times[way].append(sum(self.on_all(lambda m, way=way, layer=layer: seconds(way, n_rows, m[layer]))))
+            times[way].append(sum(run([partial(seconds, way, n_rows, matrices) for matrices in sample()])))
         return min(ways, key=lambda way: min(times[way]))
 
     def memory_for(self, n: int) -> np.ndarray | None:
@@ -149,7 +161,7 @@ class Shares:
         if self.is_packed:  # by another thread meanwhile
             return
         started, matrices = time.perf_counter(), [m for share in self.matrices for m in share]
-        way = self.fastest(WIDTHS, N_ROWS_OF_WIDTH, seconds_in_panels)
+        way = self.fastest(WIDTHS, N_ROWS_OF_WIDTH, self.sample_layer, seconds_in_panels)
         shapes = [panels_shape(m.w, WIDTHS[way]) for m in matrices]
         sizes = [math.prod(shape) for shape in shapes]
         if (memory := self.memory_for(sum(sizes))) is None:

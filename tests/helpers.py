@@ -61,7 +61,8 @@ def shared_out(model, n_threads=3, way=None, is_packed=True):
     model = Model(model.hparams, model.params)
     model.passes.is_large, model.passes.shares = True, Shares(model.hparams, model.params, n_threads)
     if way:
-        model.passes.shares.ways.update(dict.fromkeys(range(1, 65), way))
+        for ways in (model.passes.shares.ways, model.passes.shares.output_ways):
+            ways.update(dict.fromkeys(range(1, 65), way))
     if is_packed:
         model.passes.shares.pack()
     return model

@@ -48,6 +48,17 @@ def test_every_way_is_as_close_as_the_plain_product(way, width, shape):
         assert error(y, x, w) <= max(2 * error(plain, x, w), 2e-6)
 
 
+@pytest.mark.parametrize("shape", [(1, 64, 1000), (1, 64, 33), (1, 3, 5)], ids=str)
+def test_the_parts_of_a_matrix_are_all_of_its_columns(shape):
+    x, w = arrays(2, *shape)
+    matrix = packed(w, 32, WAYS[0])
+    n_parts = min(8, matrix.panels.shape[1])
+    parts = [matrix.part(i, 8) for i in range(3, 3 + n_parts)]  # they begin anew after the last
+    for way in WAYS:
+        y = np.concatenate([way(x, part) for part in parts[-3 % n_parts :] + parts[: -3 % n_parts]], axis=-1)
+        assert error(y, x, w) <= 2e-6
+
+
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("shape", [(50257, 64), (101, 97), (5, 3), (1, 1)], ids=str)
 def test_every_way_multiplies_with_a_transpose(way, shape):

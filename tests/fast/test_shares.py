@@ -75,6 +75,24 @@ def test_the_model_gives_the_same_logits_whichever_way(way, n_new):
     np.testing.assert_allclose(model.forward(IDS[:1, 10 : 10 + n_new], cache, n_new), expected, rtol=0, atol=1e-4)
 
 
+def test_layers_and_the_output_have_the_way_that_is_fastest_for_each(monkeypatch):
+    model = shared_out(random_model(n_ctx=200), 2)
+    n_timed = []
+
+    def seconds(way, n_rows, matrices):
+        n_timed.append(n_rows)
+        return float(way is not (WAYS[0] if len(matrices) == 1 else WAYS[2]))
+
+    monkeypatch.setattr(fast.shares, "seconds", seconds)
+    cache = model.new_cache()
+    for n_new in (5, 5, 33, 40, 48, 47):
+        model.forward(IDS.reshape(1, -1)[:, :n_new], cache, n_last=n_new)
+        shares = model.passes.shares
+        assert (shares.output_ways[n_new], shares.ways[n_new]) == (WAYS[0], WAYS[2])
+        cache.length = 0
+    assert sorted(set(n_timed)) == [5, 48] and len(n_timed) == 2 * 2 * 2 * 3 * len(WAYS)
+
+
 @pytest.mark.parametrize("n", [7, 25, 61, 3072, 50257])
 @pytest.mark.parametrize("n_parts", [1, 2, 3, 7])
 @pytest.mark.parametrize("size", [1, 64])
