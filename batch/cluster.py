@@ -28,7 +28,6 @@ from gpt2 import load_model
 N_CHUNK = 64  # prompts of a task: enough to keep a worker's rows full, few enough to lose
 N_KILLS = 3  # workers that a chunk may kill before it is cut
 CONNECT_S, POLL_S = 15, 1
-HOW_TO_GET_DASK = "needs Dask; pip install distributed"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In a worker
@@ -98,7 +97,7 @@ def import_dask():
         import dask
         import distributed
     except ImportError as e:
-        raise ValueError(f"--workers and --scheduler {HOW_TO_GET_DASK} ({e.name} is missing)") from e
+        raise ValueError(f"--workers and --scheduler need Dask; pip install distributed ({e.name} is missing)") from e
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] in ("distributed", "tornado")]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters is said below, in one line
     return dask, distributed

@@ -1,7 +1,7 @@
 """Logits and greedy texts that transformers gives for the models of tests/relatives.py.
 
-    PYTHONPATH=.:tests python tools/make_huggingface_goldens.py          compare with tests/goldens/huggingface.json
-    PYTHONPATH=.:tests python tools/make_huggingface_goldens.py --write  write that file
+    python tools/make_huggingface_goldens.py          compare with tests/goldens/huggingface.json
+    python tools/make_huggingface_goldens.py --write  write that file
 
 Needs transformers and torch, which the tests do not. Each model is also saved by transformers itself, in one file and
 in shards, and what this program then reads is compared with what it read before.
@@ -12,10 +12,14 @@ import os
 import sys
 import tempfile
 
+import fire
 import numpy as np
-import relatives
 import torch
 import transformers
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))  # run as a script from anywhere
+sys.path.insert(1, os.path.join(sys.path[0], "tests"))
+import relatives
 
 from gpt2 import load_model
 
@@ -59,9 +63,10 @@ def make() -> dict:
     return goldens
 
 
-def main() -> None:
+def main(write: bool = False):
+    """Compare what transformers gives with tests/goldens/huggingface.json, or write that file."""
     goldens = make()
-    if sys.argv[1:] == ["--write"]:
+    if write:
         with open(PATH, "w") as f:
             f.write("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in goldens.items()) + "\n}\n")
         return
@@ -75,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fire.Fire(main)

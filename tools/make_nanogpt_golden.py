@@ -12,6 +12,7 @@ import json
 import os
 import sys
 
+import fire
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -145,8 +146,13 @@ def save_trained(path):
     return content
 
 
-if __name__ == "__main__":
-    save_trained(os.path.join(GOLDENS, "ckpt.pt"))
+def main(folder: str = GOLDENS):
+    """Write nanogpt.json and ckpt.pt to FOLDER."""
+    save_trained(os.path.join(folder, "ckpt.pt"))
     rows = ",\n  ".join(json.dumps(golden(case), separators=(",", ":")) for case in CASES)
-    with open(os.path.join(GOLDENS, "nanogpt.json"), "w", encoding="utf-8") as f:
+    with open(os.path.join(folder, "nanogpt.json"), "w", encoding="utf-8") as f:
         f.write(f'{{\n "versions": {{"torch": "{torch.__version__}"}},\n "cases": [\n  {rows}\n ]\n}}\n')
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -136,9 +136,7 @@ def test_dask_that_is_not_installed_is_said(tmp_path):
     flags = [f"--output={tmp_path / 'out'}", "--model_size=nano", "--workers=2"]
     done = run("-c", hidden + "command.run(run.main)", tmp_path / "prompts", *flags)
     assert done.returncode == 1
-    assert (
-        "error: --workers and --scheduler needs Dask; pip install distributed (distributed is missing)" in done.stderr
-    )
+    assert "error: --workers and --scheduler need Dask; pip install distributed (distributed is missing)" in done.stderr
 
 
 @pytest.mark.parametrize(
