@@ -1,8 +1,12 @@
 """Fixtures: the embedded models, and a server to download from."""
 
 import hashlib
+import os
 import signal
 import threading
+
+# Threads of OpenBLAS that have nothing to do sleep soon (2^4 cycles, not 2^26), as several processes share the cores.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import pytest
 from helpers import MODELS
