@@ -43,6 +43,11 @@ def random_model(n_vocab=61, n_ctx=24, n_embd=24, n_head=3, n_layer=3, seed=0, i
     return Model(hparams, nest_params(variables, hparams, "random"))
 
 
+def first_layer(model):
+    """A draft for it: its embeddings and its first layer, which guess right now and then."""
+    return Model(model.hparams | {"n_layer": 1}, model.params | {"blocks": model.params["blocks"][:1]})
+
+
 class Spied(Model):
     """A model that remembers the shapes it was fed, and its cache."""
 

@@ -6,7 +6,7 @@ from itertools import zip_longest
 
 import numpy as np
 import pytest
-from helpers import ROOT, random_model, run, shared_out
+from helpers import ROOT, first_layer, random_model, run, shared_out
 
 import gpt2
 from decoding.sampling import make_sampler
@@ -16,16 +16,16 @@ N_TOKENS = 20
 
 
 @pytest.fixture(scope="module", params=["on this thread", "on threads of our own"])
-def tasks(request, tiny, nano):
-    """Functions that each begin a text anew: two random models and the embedded ones, greedy and sampled, drafted.
+def tasks(request, nano):
+    """Functions that each begin a text anew: two random models and an embedded one, greedy and sampled, drafted.
 
     Small models as they are, and as large ones would be: all but single rows in shares.
     """
     rng = np.random.default_rng(0)
-    models = random_model(n_ctx=40), random_model(n_embd=32, n_head=4, n_ctx=40, seed=1), tiny[1], nano[1]
+    models = random_model(n_ctx=40), random_model(n_embd=32, n_head=4, n_ctx=40, seed=1), nano[1], first_layer(nano[1])
     small, other, target, draft = models if request.param == "on this thread" else map(shared_out, models)
     ids = [rng.integers(61, size=n).tolist() for n in (14, 1, 13, 5)]
-    prompt = tiny[0].encode("JULIET:\nWhat man art thou that thus bescreen'd in night")
+    prompt = nano[0].encode("JULIET:\nWhat man art thou that thus bescreen'd in night")
     return [
         lambda: gpt2.generate(small, ids[0], N_TOKENS),
         lambda: gpt2.generate(other, ids[1], N_TOKENS, make_sampler(seed=3)),
@@ -78,13 +78,13 @@ def test_forks_after_the_model_is_loaded(is_busy):
         import os, sys, threading
         sys.path.insert(0, "tests")
         import gpt2
-        from helpers import shared_out
+        from helpers import first_layer, shared_out
         from speculative import DraftModel
         from utils import load_encoder_hparams_and_params
-        tiny, nano = (gpt2.Model(*load_encoder_hparams_and_params(name)[1:]) for name in ("tiny", "nano"))
-        tiny, nano = shared_out(tiny), shared_out(nano)
+        nano = gpt2.Model(*load_encoder_hparams_and_params("nano")[1:])
+        target, draft = shared_out(nano), shared_out(first_layer(nano))
         def write():
-            return list(gpt2.generate(tiny, list(range(40)), 12, draft=DraftModel(nano, 4)))
+            return list(gpt2.generate(target, list(range(40)), 12, draft=DraftModel(draft, 4)))
         expected, stop, wrong = write(), threading.Event(), []
         def write_on():
             while not stop.is_set():
