@@ -124,12 +124,11 @@ def some_samplers():
     ]
 
 
-def test_a_batch_gives_the_texts_of_each_alone(tiny):
-    """8 prompts of 8 lengths, 100 tokens each: greedy, then a sampler for each."""
-    encoder, model = tiny
-    prompts = [encoder.encode(text) for text in BATCH_PROMPTS]
-    assert len({len(prompt) for prompt in prompts}) >= 6
-    for samples in ([greedy] * 8, some_samplers()):
+def test_a_batch_gives_the_texts_of_each_alone(tiny, nano):
+    """8 prompts of 8 lengths, 100 tokens each: greedy by many layers, then a sampler for each by few."""
+    for (encoder, model), samples in ((tiny, [greedy] * 8), (nano, some_samplers())):
+        prompts = [encoder.encode(text) for text in BATCH_PROMPTS]
+        assert len({len(prompt) for prompt in prompts}) >= 6
         alone = [list(generate(model, *pair)) for pair in zip(prompts, [100] * 8, samples, strict=True)]
         together = generate_batch(model, prompts, 100, samples)
         assert together == alone

@@ -87,9 +87,9 @@ def test_memory_that_holds_anything_before(nano, monkeypatch):
     check_all(model, encoder, list(mixed(encoder, 25, 512, seed=5)), n_errors=1, max_rows=6)
 
 
-def test_rows_of_a_large_model(tiny):
+def test_rows_of_a_large_model(nano):
     """Those that share out layers among threads and read packed weights."""
-    encoder, model = tiny
+    encoder, model = nano
     model = shared_out(model)
     requests = [request for request in mixed(encoder, 12, 160, seed=1, n_new=12) if len(request.prompts[0]) > 3]
     check_all(model, encoder, requests, n_errors=0, max_rows=8)
