@@ -44,12 +44,13 @@ def speeches():
 
 def test_training_writes_models_that_load(train_demo, tmp_path, capsys, monkeypatch):
     """With fewer layers and windows, which TensorFlow takes long to trace."""
-    monkeypatch.setitem(train_demo.TINY, "n_layer", 3)
+    monkeypatch.setitem(train_demo.TINY, "n_layer", 2)
+    monkeypatch.setitem(train_demo.NANO, "n_layer", 1)
     monkeypatch.setattr(train_demo, "N_BATCH", 2)
     (tmp_path / "text.txt").write_text(speeches(), encoding="utf-8")
     train_demo.main(str(tmp_path / "text.txt"), models_dir=str(tmp_path), n_steps=1, n_distil_steps=1)
     printed = capsys.readouterr().out
-    for name, n_layer in (("tiny", 3), ("nano", 2)):
+    for name, n_layer in (("tiny", 2), ("nano", 1)):
         encoder, hparams, params = load_encoder_hparams_and_params(name, str(tmp_path))
         verify_checkpoint(str(tmp_path / name / "model.ckpt"))
         assert (hparams["n_layer"], hparams["n_vocab"], encoder.n_vocab) == (n_layer, 2048, 2048)
