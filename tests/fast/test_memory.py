@@ -19,7 +19,7 @@ WINDOWS = """if True:
 
     _, hparams, params = load_encoder_hparams_and_params("tiny")
     model, before = gpt2.Model(hparams, params), page_faults()
-    for _ in gpt2.generate(model, [1], 1030, slide_by=256):  # which feeds three times 257 tokens anew
+    for _ in gpt2.generate(model, [1] * 510, 520, slide_by=256):  # which feeds three times 257 tokens anew
         pass
     print(page_faults() - before)
 """
