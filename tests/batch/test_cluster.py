@@ -40,7 +40,7 @@ PRELOAD = """if True:
 def dask(folder, command, *flags):
     """A scheduler or a worker, on ports that the system chooses."""
     env = os.environ | {"PYTHONPATH": ROOT, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1"}
-    flags = ["--scheduler-file", folder / "scheduler.json", "--host", "127.0.0.1", *flags]
+    flags = ["--host", "127.0.0.1", *flags]
     with open(folder / "log", "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", f"distributed.cli.dask_{command}", *map(str, flags)],
@@ -48,18 +48,26 @@ def dask(folder, command, *flags):
         )  # fmt: skip
 
 
+def address_in(file, scheduler):
+    """Of a scheduler that has just been started, which first creates the file and then writes it."""
+    while True:
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            return json.loads(file.read_text())["address"]
+        assert scheduler.poll() is None, (file.parent / "log").read_text()
+        time.sleep(0.05)
+
+
 @contextlib.contextmanager
 def cluster(folder):
     """(the address, the scheduler's process) of a scheduler with two workers, which all end with it."""
     (folder / "preload.py").write_text(f"FOLDER = {str(folder)!r}\n{PRELOAD}")
-    scheduler = dask(folder, "scheduler", "--port", 0, "--no-dashboard")
+    file = folder / "scheduler.json"
+    processes = [scheduler := dask(folder, "scheduler", "--port", 0, "--no-dashboard", "--scheduler-file", file)]
     flags = ["--nthreads", 1, "--memory-limit", 0, "--no-dashboard", "--preload", folder / "preload.py"]
-    processes = [scheduler, *(dask(folder, "worker", *flags, "--death-timeout", 60) for _ in range(2))]
     try:
-        while not (folder / "scheduler.json").exists():
-            assert all(process.poll() is None for process in processes), (folder / "log").read_text()
-            time.sleep(0.05)
-        yield json.loads((folder / "scheduler.json").read_text())["address"], scheduler
+        address = address_in(file, scheduler)
+        processes += [dask(folder, "worker", address, *flags, "--death-timeout", 60) for _ in range(2)]
+        yield address, scheduler
     finally:
         for process in reversed(processes):
             process.terminate()
