@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import requests
 import urllib3
@@ -63,9 +64,10 @@ def move(part: str, to: str) -> bool:
 
 
 def parts_of(path: str) -> list[str]:
-    """All parts of a file, whoever writes them."""
+    """All parts of a file, whoever writes them, also where a kill left only the version."""
     folder, name = os.path.split(path)
-    return [os.path.join(folder, f) for f in os.listdir(folder) if f.startswith(name + ".") and f.endswith(".part")]
+    names = {f.removesuffix(".etag") for f in os.listdir(folder)}
+    return [os.path.join(folder, f) for f in names if f.startswith(name + ".") and f.endswith(".part")]
 
 
 def private_part(path: str) -> str:
@@ -112,34 +114,45 @@ def taken(part: str) -> requests.ConnectionError:
     return requests.ConnectionError(f"another process took {os.path.basename(part)}")
 
 
-def begin(part: str, validator: str) -> None:
+def begin(part: str, validator: str) -> BinaryIO:
     """An empty part of one version of a file. Never shortened in place: another process may be writing to the old."""
     remove(part)
-    if validator:
-        with open(part + ".etag", "w", encoding="latin-1") as f:
-            f.write(validator)
     try:
-        open(part, "xb").close()
+        f = open(part, "xb")  # noqa: SIM115  # the caller closes it
     except FileExistsError:
         raise taken(part) from None
+    if validator:
+        with open(part + ".etag", "w", encoding="latin-1") as version:
+            version.write(validator)
+    return f
 
 
-def append(part: str, n_have: int, chunks: Iterator[bytes], bar: tqdm) -> None:
-    """Write what comes from byte n_have on."""
+def go_on(part: str, n_have: int) -> BinaryIO:
+    """A part that has n_have bytes, or more by now from another process, which are written again."""
     try:
-        with open(part, "r+b") as f:
-            if f.seek(0, os.SEEK_END) < n_have:
-                raise taken(part)
-            f.seek(n_have)
-            for chunk in chunks:
-                if not os.path.samestat(os.fstat(f.fileno()), os.stat(part)):
-                    raise taken(part)
-                f.write(chunk)
-                bar.update(len(chunk))
-            f.flush()
-            os.fsync(f.fileno())  # or after a power cut the name may be there and the bytes not
+        f = open(part, "r+b")  # noqa: SIM115  # the caller closes it
     except FileNotFoundError:
         raise taken(part) from None
+    if f.seek(0, os.SEEK_END) < n_have:
+        f.close()
+        raise taken(part)
+    f.seek(n_have)
+    return f
+
+
+def append(f: BinaryIO, part: str, chunks: Iterator[bytes], bar: tqdm) -> None:
+    """Write `chunks` to the open part `f`, as long as it has its name: else another process took it."""
+    for chunk in chunks:
+        try:
+            is_mine = os.path.samestat(os.fstat(f.fileno()), os.stat(part))
+        except FileNotFoundError:
+            is_mine = False
+        if not is_mine:
+            raise taken(part)
+        f.write(chunk)
+        bar.update(len(chunk))
+    f.flush()
+    os.fsync(f.fileno())  # or after a power cut the name may be there and the bytes not
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,12 +217,12 @@ def fetch_part(url: str, part: str, size: int | None) -> None:
                     "page; nothing of it was kept: open it in a browser, or try another HTTPS_PROXY or GPT2_BASE_URL"
                 )
             n_have = 0
-            begin(part, validator_of(response))
-        n_expected = whole_size(response, n_have) or size
-        check_space(part, n_expected and n_expected - n_have)
-        label = "/".join(url.split("/")[-2:])
-        with tqdm(desc=label, total=n_expected, initial=n_have, unit="B", unit_scale=True) as bar:
-            append(part, n_have, itertools.chain([first], chunks), bar)
+        with go_on(part, n_have) if n_have else begin(part, validator_of(response)) as f:
+            n_expected = whole_size(response, n_have) or size
+            check_space(part, n_expected and n_expected - n_have)
+            label = "/".join(url.split("/")[-2:])
+            with tqdm(desc=label, total=n_expected, initial=n_have, unit="B", unit_scale=True) as bar:
+                append(f, part, itertools.chain([first], chunks), bar)
     if n_expected is not None and size_of(part) != n_expected:
         raise requests.ConnectionError(f"{size_of(part)} bytes of {n_expected} came")
 

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import platform
 import random
 import shutil
 import signal
@@ -13,6 +14,7 @@ import time
 import pytest
 from download_server import CONTENT, DATA, HASHES, NANO, assert_whole, files, load, part
 from helpers import ROOT
+from tqdm import tqdm
 
 from checkpoints import download
 from checkpoints.openai import MODEL_FILES
@@ -235,6 +237,29 @@ def test_a_part_that_another_process_took_is_left_alone(etag_server, tmp_path):
     assert_whole(tmp_path)
     assert etag_server.ranges() == [None, "bytes=1000-"]
     assert (tmp_path / "taken").stat().st_size < len(CONTENT[DATA])  # nothing more was written there
+
+
+def test_a_part_that_is_taken_before_its_first_byte_is_left_alone(etag_server, tmp_path, monkeypatch):
+    path = tmp_path / "355M" / (DATA + ".part")
+
+    def meddle(*args, desc=None, **kwargs):  # the bar is made between the empty part and its first byte
+        if desc and DATA in desc and not (tmp_path / "taken").exists():
+            path.rename(tmp_path / "taken")
+            path.write_bytes(CONTENT[DATA][:1000])
+        return tqdm(*args, desc=desc, **kwargs)
+
+    monkeypatch.setattr("checkpoints.download.tqdm", meddle)
+    load(tmp_path)
+    assert_whole(tmp_path)
+    assert etag_server.ranges() == [None, "bytes=1000-"] and (tmp_path / "taken").stat().st_size == 0
+
+
+def test_a_version_that_a_kill_left_without_its_part_is_thrown_away(etag_server, tmp_path):
+    (tmp_path / "355M").mkdir()
+    for name in (f"{DATA}.part", f"{DATA}.{platform.node()}-{2**22 + 1}-0a1b2c3d.part"):
+        (tmp_path / "355M" / f"{name}.etag").write_text('"old"')
+    load(tmp_path)
+    assert_whole(tmp_path)
 
 
 def test_a_file_that_another_process_finished_is_used(server, tmp_path):
