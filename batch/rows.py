@@ -13,8 +13,7 @@ import numpy as np
 
 from decoding.draft_length import common_length
 from decoding.prefill import left_padded
-from fast import N_TEXTS, take_rows
-from fast.memory import check_memory
+from fast import N_TEXTS, check_memory, take_rows
 from gpt2 import KVCache, Model, Seq, decode
 
 N_SPARE = 128  # positions more than the longest text needs: so many steps at least between two moves

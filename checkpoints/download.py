@@ -305,7 +305,6 @@ def download(url: str, path: str, check: Callable[[str], None], is_locked: bool,
                 ) from e
         for leftover in parts_of(path):
             remove(leftover)
-        remove(private)  # its validator
     finally:
         if size_of(private) > size_of(common):  # interrupted, or the disk is full
             move(private, common)

@@ -51,23 +51,27 @@ def elementwise(function):
     return in_pieces
 
 
+def texts_at_once(attend, q, k, v, padding):
+    """attend(q, k, v, padding) of few rows, N_TEXTS texts at a time, without the padding that these all have."""
+    out = np.empty_like(q)
+    n_pad = np.minimum(np.count_nonzero(padding, axis=(1, 2, 3)), k.shape[-2] - q.shape[-2])
+    for start in range(0, len(q), N_TEXTS):
+        some = slice(start, start + N_TEXTS)
+        seen = some, slice(None), slice(n_pad[some].min(), None)
+        out[some] = attend(q[some], k[seen], v[seen], padding[some, :, :, seen[2]])
+    return out
+
+
 def tiled(attend):
     """attend(q, k, v, padding) of gpt2.py, of many rows some at a time, each with the keys that it may see."""
 
     @wraps(attend)
     def in_tiles(q, k, v, padding=None):
         n_rows = q.shape[-2]
-        if n_rows <= N_FEW and padding is None:
-            return attend(q, k, v)
+        if n_rows <= N_FEW:
+            return attend(q, k, v) if padding is None else texts_at_once(attend, q, k, v, padding)
         (n_batch, n_head), n_past = q.shape[:2], k.shape[-2] - n_rows
         out = np.empty_like(q)
-        if n_rows <= N_FEW:
-            n_pad = np.minimum(np.count_nonzero(padding, axis=(1, 2, 3)), n_past)
-            for start in range(0, n_batch, N_TEXTS):
-                some = slice(start, start + N_TEXTS)
-                seen = some, slice(None), slice(n_pad[some].min(), None)
-                out[some] = attend(q[some], k[seen], v[seen], padding[some, :, :, seen[2]])
-            return out
         for start in range(0, n_rows, N_QUERIES):
             rows = slice(start, min(start + N_QUERIES, n_rows))
             seen = slice(0, n_past + rows.stop)

@@ -60,9 +60,13 @@ def n_pieces(n_rows: int, n_in: int, width: int) -> int:
     return next(n for n in range(1, n_in + 1) if n_in % n == 0 and (n_rows * n_in * width // n <= SMALL or n == n_in))
 
 
+def filled_up(x, size):  # [n_rows, n_in] -> [n_rows or more, n_in]: with zeros, to a multiple of size
+    return np.concatenate([x, np.zeros((-len(x) % size, x.shape[1]), x.dtype)])
+
+
 def together(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]; for kernels that pack nothing, as AVX-512's
     if len(x) in (1, 3):  # NumPy's product of one row is slow with panels so wide, and the kernel is made for 2 and 4
-        return together(np.concatenate([x, np.zeros_like(x[:1])]), matrix)[:-1]
+        return together(filled_up(x, 2), matrix)[: len(x)]
     n_in, width = matrix.panels.shape[2:]
     panels = matrix.panels.reshape(-1, n_in, width)
     n_panels = len(panels)
@@ -90,8 +94,7 @@ def as_it_lies(x, matrix):  # as together; for so many rows that packing pays
 
 
 def in_fours(x, matrix):  # as together; for kernels that compute 4 rows in less time than 3
-    n_more = -len(x) % 4
-    return as_it_lies(np.concatenate([x, np.zeros((n_more, x.shape[1]), x.dtype)]), matrix)[: len(x)]
+    return as_it_lies(filled_up(x, 4), matrix)[: len(x)]
 
 
 WIDTHS = {together: 64, row_by_row: 32}

@@ -121,15 +121,19 @@ class Shares:
             with self.lock: self.pack(n_left)  # fmt: skip  # noqa: E701  # one line: see Blas.held
         if self.is_packed:
             for n_rows in row_counts - self.ways.keys():
-                n_timed = n_rows if n_rows < MANY else -(-n_rows // MANY) * MANY
-                for ways, sample in ((self.output_ways, self.sample_output), (self.ways, self.sample_layer)):
-                    if n_timed not in ways:
-                        ways[n_timed] = self.fastest(WAYS, n_timed, sample, seconds)
-                    ways[n_rows] = ways[n_timed]
+                self.choose(n_rows)
 
     def pay(self, n_left: int) -> bool:
         """Whether the weights are packed, or n_left tokens to come earn back the time of packing."""
         return self.is_packed or self.steps_to_pack <= MIN_GAIN * n_left
+
+    def choose(self, n_rows: int) -> None:
+        """Time all ways for n_rows rows, or for the multiple of MANY that comes next."""
+        n_timed = n_rows if n_rows < MANY else -(-n_rows // MANY) * MANY
+        for ways, sample in ((self.output_ways, self.sample_output), (self.ways, self.sample_layer)):
+            if n_timed not in ways:
+                ways[n_timed] = self.fastest(WAYS, n_timed, sample, seconds)
+            ways[n_rows] = ways[n_timed]
 
     def sample_layer(self) -> list[list[Matrix]]:
         """By share, the matrices of the next layer, which no cache holds."""
