@@ -38,6 +38,7 @@ class Terminal:
 
         def enter():
             restore_sigint()
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by children
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
         streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
