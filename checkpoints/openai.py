@@ -6,7 +6,6 @@ checkpoints/tensorflow.py reads the weights, checkpoints/download.py fetches a f
 import contextlib
 import functools
 import glob
-import hashlib
 import importlib.util
 import json
 import os
@@ -38,6 +37,8 @@ OFFLINE_HINT = "--model_size tiny works offline"
 
 
 def sha256_of(path: str) -> str:
+    import hashlib  # and with it OpenSSL, which reading a model does not need
+
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):

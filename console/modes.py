@@ -2,7 +2,6 @@
 
 import json as json_format
 import math
-import secrets
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +12,7 @@ import numpy as np
 from console.flags import check_gpt2, sampler_of
 from console.streams import read_file, read_prompt, write_text
 from decoding.requests import check_slide
-from decoding.sampling import Sampler, for_text, log_softmax, scores_of
+from decoding.sampling import Sampler, for_text, log_softmax, new_seed, scores_of
 from decoding.stopping import has_ended, slide_of, text_until_end
 
 MAX_TOGETHER = 8  # samples computed at once; more take more memory and hardly less time each
@@ -152,7 +151,8 @@ def checked_text(options) -> str | None:
 
 
 def seed_of(options) -> int:
-    return secrets.randbits(63) if options.seed is None else options.seed
+    is_random = options.seed is None and options.temperature
+    return new_seed() if is_random else options.seed or 0  # greedy texts have no noise
 
 
 def write(options, text: str | None, encoder, model, generate: Callable, generate_batch: Callable, stopwatch) -> None:

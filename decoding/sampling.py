@@ -12,7 +12,6 @@ speculative decoding).
 """
 
 import math
-import secrets
 from collections.abc import Callable
 from functools import partial
 
@@ -188,9 +187,14 @@ def make_sampler(
         filters.append(partial(keep_top_p, p=top_p))
     if min_p > 0:
         filters.append(partial(keep_min_p, p=min_p))
-    seed = secrets.randbits(63) if seed is None else seed
-    sample = NoisySampler(temperature, filters, seed) if temperature else greedy
+    sample = NoisySampler(temperature, filters, new_seed() if seed is None else seed) if temperature else greedy
     return sample if repetition_penalty == 1 else PenalizedSampler(sample, repetition_penalty)
+
+
+def new_seed() -> int:
+    import secrets  # and with it OpenSSL, which a greedy text does not need
+
+    return secrets.randbits(63)
 
 
 def check(name: str, value, is_valid: bool, expected: str) -> None:
