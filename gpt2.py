@@ -80,18 +80,16 @@ def attend(q, k, v, padding=None):
     `padding`, float32[n_batch, 1, 1, n_seq], is added to the scores: MASKED for keys that are padding.
     """
     scores = attention_scores(q, k, padding)
-    # softmax(scores) @ v, the division by the sum last, where there is less to divide
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
-    return scores @ v / row_sums(scores)
+    return scores @ v / row_sums(scores)  # softmax(scores) @ v, divided last, where there is less to divide
 
 
 def attention(x, cache, layer, n_rows, c_attn, c_proj):  # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]
     """Of the heads that the weights and the cache are of: all, or a share of them. Heads know nothing of each other."""
     n_batch, n_new, _ = x.shape
     qkv = linear(x, **c_attn).reshape(n_batch, n_new, 3, cache.n_head, cache.d_head).transpose(2, 0, 3, 1, 4)
-    k, v = cache.append(layer, qkv)  # of the past too: each [n_batch, n_head, n_seq, d_head]
-    heads = attend(qkv[0, :, :, n_new - n_rows :], k, v, cache.padding(k.shape[2]))
+    heads = cache.attend(layer, qkv[0, :, :, n_new - n_rows :], qkv[1:])
     return linear(heads.swapaxes(1, 2).reshape(n_batch, n_rows, cache.n_head * cache.d_head), **c_proj)
 
 
@@ -111,11 +109,10 @@ def gpt2(tokens, cache, n_last, wte, wpe, blocks, ln_f, lm_head=None, total=lamb
     """The model. What a layer adds to x is a sum over its heads and over its hidden units, so several threads can each
     compute a share of them; `total` then adds up what all have. `lm_head`: all or some columns of the output matrix.
     """
-    n_new = tokens.shape[1]
-    x = embed(tokens, cache.positions(n_new), wte, wpe)
+    x = embed(tokens, cache.positions(tokens.shape[1]), wte, wpe)
     for i, params in enumerate(blocks):
         cache.note(x)
-        n_rows = n_last if i == len(blocks) - 1 else n_new  # later blocks need every row, the output only the last
+        n_rows = n_last if i == len(blocks) - 1 else x.shape[1]  # later blocks need every row, the output only the last
         x = transformer_block(x, cache, i, n_rows, total, activation, eps, **params)
     cache.note(x)
     return matmul(layer_norm(x, **ln_f, eps=eps), wte.T if lm_head is None else lm_head)
@@ -132,8 +129,6 @@ class KVCache:
     A fresh one is "no cache". Setting `length` back forgets the tokens after it. `n_pad`, int[n_batch]: the left
     padding of each row, always masked.
     """
-
-    is_divisible = True  # each thread may have a share of its heads
 
     def __init__(self, kv: np.ndarray, length: int = 0, n_pad: Sequence[int] = ()):
         _, _, self.n_batch, self.n_head, self.n_ctx, self.d_head = kv.shape
@@ -152,17 +147,19 @@ class KVCache:
         self._length = length
 
     def positions(self, n_new):  # -> a slice or int[n_batch, n_new]: the rows of wpe for the new tokens
-        start = self._length
-        if not self.is_padded:
-            return slice(start, start + n_new)
-        return np.maximum(0, np.arange(start, start + n_new) - self.n_pad[:, None])
+        start, stop = self._length, self._length + n_new
+        return np.maximum(0, np.arange(start, stop) - self.n_pad[:, None]) if self.is_padded else slice(start, stop)
 
-    def append(self, layer, qkv):  # [3, n_batch, n_head, n_new, d_head] -> [2, n_batch, n_head, n_seq, d_head]
+    def append(self, layer, kv):  # [2, n_batch, n_head, n_new, d_head] -> [2, n_batch, n_head, n_seq, d_head]
         """Store a layer's keys and values of the new tokens, return all it has; `advance` counts them, once."""
-        stop = self._length + qkv.shape[3]
+        stop = self._length + kv.shape[3]
         stored = self.kv[layer]
-        stored[:, :, :, self._length : stop] = qkv[1:]
+        stored[:, :, :, self._length : stop] = kv
         return stored[:, :, :, :stop]
+
+    def attend(self, layer, q, kv):  # [n_batch, n_head, n_rows, d_head], of the new: as append -> as q
+        k, v = self.append(layer, kv)
+        return attend(q, k, v, self.padding(k.shape[2]))
 
     def padding(self, n_seq):  # -> None or [n_batch, 1, 1, n_seq]
         if not self.is_padded:
@@ -183,6 +180,9 @@ class KVCache:
         """One text of the batch, without its padding: a view, so what is fed to it is stored here."""
         n_pad = int(self.n_pad[row])
         return KVCache(self.kv[:, :, row : row + 1, :, n_pad:], self._length - n_pad)
+
+    def share(self, heads: slice) -> "KVCache":
+        return type(self)(self.kv[:, :, :, heads], self._length, self.n_pad)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,34 +14,35 @@ from gpt2 import KVCache, Model, attention_scores, load_model
 
 
 class Trace(KVCache):
-    """A cache for one call of Model.forward that keeps what the layers compute.
+    """A cache for one call of Model.forward, `plainly`, that keeps what the layers compute.
 
     `hidden`: what goes into each layer and, last, what comes out of the last one, n_layer + 1 arrays
-    float32[n_batch, n_new, n_embd] (of the last layer the n_last rows only). `weights`: the attention of each layer,
-    float32[n_batch, n_head, n_new, n_seq], each row a distribution over the tokens up to its own.
+    float32[n_batch, n_new, n_embd]. `weights`: the attention of each layer, float32[n_batch, n_head, n_new, n_seq],
+    each row a distribution over the tokens up to its own. Both of the last layer for the n_last rows only.
     """
-
-    is_divisible = False
 
     def __init__(self, cache: KVCache):
         super().__init__(cache.kv, cache.length, cache.n_pad)
         self.hidden: list[np.ndarray] = []
         self.weights: list[np.ndarray] = []
 
-    def append(self, layer, qkv):
-        k, v = super().append(layer, qkv)
-        scores = attention_scores(qkv[0], k, self.padding(k.shape[2]))
-        self.weights.append(np.exp(log_softmax(scores)))
-        return k, v
+    def attend(self, layer, q, kv):
+        heads = super().attend(layer, q, kv)
+        k = self.kv[layer, 0, :, :, : self.length + kv.shape[3]]
+        self.weights.append(np.exp(log_softmax(attention_scores(q, k, self.padding(k.shape[2])))))
+        return heads
 
     def note(self, x):
         self.hidden.append(x.copy())
+
+    def share(self, heads):
+        raise ValueError("a Trace looks at whole layers, not at a share of the heads: forward(..., plainly=True)")
 
 
 def look_inside(model: Model, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """(hidden states float32[n_layer + 1, n_seq, n_embd], attention weights float32[n_layer, n_head, n_seq, n_seq])."""
     trace = Trace(model.new_cache())
-    model.forward([ids], trace, n_last=len(ids))
+    model.forward([ids], trace, n_last=len(ids), plainly=True)
     return np.concatenate(trace.hidden), np.concatenate(trace.weights)
 
 

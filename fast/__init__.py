@@ -41,7 +41,7 @@ class Passes:
             if not self.is_large:
                 with blas.held():
                     return gpt2(tokens, cache, n_last, **self.params)
-            if plainly or self.are_plain(tokens.size) or not cache.is_divisible or not blas.controller:
+            if plainly or self.are_plain(tokens.size) or not blas.controller:
                 return gpt2(tokens, cache, n_last, **self.params)
             if tokens.size <= MAX_FEW:
                 self.shares.prepare({tokens.size, n_last * len(tokens)}, cache)

@@ -191,8 +191,8 @@ def in_shares(gpt2, tokens, cache, n_last, shares: Shares):  # int[n_batch, n_ne
     logits = np.empty((len(tokens), n_last, len(shares.params["wte"])), np.float32)
 
     def work(i):
-        heads = type(cache)(cache.kv[:, :, :, shares.heads[i]], cache.length, cache.n_pad)
-        logits[..., shares.ids[i]] = gpt2(tokens, heads, n_last, total=partial(meeting.total, i), **shares.params_of[i])
+        total, heads = partial(meeting.total, i), cache.share(shares.heads[i])
+        logits[..., shares.ids[i]] = gpt2(tokens, heads, n_last, total=total, **shares.params_of[i])
 
     run([partial(work, i) for i in range(len(shares.heads))], meeting.stop)
     return logits

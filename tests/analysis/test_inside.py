@@ -41,7 +41,7 @@ def test_looking_changes_nothing(n_last):
     np.testing.assert_array_equal(trace.kv[..., :20, :], plain.kv[..., :20, :])
     assert trace.length == 20
     assert [x.shape[1] for x in trace.hidden] == [20, 20, 20, n_last]
-    assert [w.shape[2:] for w in trace.weights] == [(20, 20)] * 3
+    assert [w.shape[2:] for w in trace.weights] == [(20, 20), (20, 20), (n_last, 20)]
 
 
 def test_later_tokens_see_those_in_the_cache():

@@ -275,10 +275,10 @@ def test_a_share_that_fails_stops_the_others_and_its_error_arrives(monkeypatch, 
     cache = model.new_cache()
     model.forward([[1, 2, 3]], cache)
 
-    def fail(self, layer, qkv):
+    def fail(self, layer, kv):
         if layer == 1 and self.kv.ctypes.data == cache.kv[:, :, :, failing].ctypes.data:
             raise error
-        return store(self, layer, qkv)
+        return store(self, layer, kv)
 
     monkeypatch.setattr(gpt2.KVCache, "append", fail)
     with pytest.raises(error):
