@@ -11,13 +11,13 @@ from itertools import islice
 
 import numpy as np
 
+from batch.beside import Beside, Piece
 from decoding.draft_length import common_length
-from decoding.prefill import left_padded
 from fast import N_TEXTS, check_memory, take_rows
 from gpt2 import KVCache, Model, Seq, decode
 
 N_SPARE = 128  # positions more than the longest text needs: so many steps at least between two moves
-N_TOGETHER = 1024  # tokens of several prompts in one pass; more gain nothing and take more memory
+N_BESIDE = 1024  # tokens of prompts that are fed in one pass; more gain nothing and take more memory
 MIN_COMMON = 32  # tokens that prompts begin with alike, for which it pays to compute them apart
 N_KEPT = 8  # of such beginnings, at most
 SHARE_OF_KEPT = 1 / 8  # of the memory for keys and values
@@ -59,20 +59,6 @@ def first(pair):
     return pair[0]
 
 
-def in_passes(seqs: list[Seq], n_same: int) -> list[list[Seq]]:
-    """Prompts that are fed together: those of about the same length, N_TOGETHER tokens with their padding at most."""
-    passes: list[list[Seq]] = []
-    for seq in sorted(seqs, key=lambda seq: -len(seq.ids)):
-        n_new = len(seq.ids) - n_same
-        n_longest = len(passes[-1][0].ids) - n_same if passes else 0
-        is_alike = n_longest - n_new <= max(16, n_longest // 4)
-        if passes and is_alike and n_longest * (len(passes[-1]) + 1) <= N_TOGETHER:
-            passes[-1].append(seq)
-        else:
-            passes.append([seq])
-    return passes
-
-
 class Rows:
     """The texts that are computed together, as `Seq`s, and their keys and values.
 
@@ -80,7 +66,7 @@ class Rows:
     """
 
     def __init__(self, model: Model, max_bytes: float, max_rows: int):
-        self.model, self.max_bytes, self.max_rows = model, max_bytes * (1 - SHARE_OF_KEPT), max_rows
+        self.model, self.max_bytes, self.max_rows = Beside(model), max_bytes * (1 - SHARE_OF_KEPT), max_rows
         self.n_position_bytes = model.new_cache(n_seq=1).kv.nbytes  # of a row
         self.kv = model.new_cache(0, 1).kv  # [n_layer, 2, n_rows, n_head, n_seq, d_head]
         self.end = 0
@@ -106,12 +92,13 @@ class Rows:
 
     def n_joining(self, waiting: Iterable[Seq]) -> int:
         """How many of the first of `waiting` can join now. One always can where there is none."""
-        n, n_longest = 0, self.n_longest()
+        n, n_longest, n_fed = 0, self.n_longest(), 0
         for seq in waiting:
-            n_longest, n_rows = max(n_longest, seq.n_end), len(self.seqs) + n + 1
+            n_longest, n_rows, n_fed = max(n_longest, seq.n_end), len(self.seqs) + n + 1, n_fed + len(seq.ids) - 1
             n_new_bytes = self.n_position_bytes * self.count(n_longest) * (n_longest + N_SPARE)
             is_moved = self.seqs and not self.is_large(n_rows, n_longest)  # while both memories are there
-            if n_rows > self.count(n_longest) or (is_moved and n_new_bytes + self.kv.nbytes > self.max_bytes):
+            is_too_large = is_moved and n_new_bytes + self.kv.nbytes > self.max_bytes
+            if n_rows > self.count(n_longest) or is_too_large or (n and n_fed > N_BESIDE):
                 break
             n += 1
         return n
@@ -138,20 +125,25 @@ class Rows:
     # ------------------------------------------------------------------------------------------------------------------
 
     def join(self, seqs: list[Seq], n_common: list[int]) -> None:
-        """Feed the prompts of `seqs`, all but the last token of each. Their first `n_common` tokens others have too."""
+        """Go on with `seqs` too, whose prompts the next step feeds. Their first `n_common` tokens others have too."""
         self.leave_rounds()
         self.make_room(max(len(seq.ids) for seq in seqs) - 1, len(self.seqs) + len(seqs), self.n_longest(seqs))
-        groups: dict = {}
         for seq, n in zip(seqs, n_common, strict=True):
             if n >= MIN_COMMON:
                 self.beginnings.keep(seq.ids[:n])
-        for seq in seqs:
-            n_same, kv = self.beginnings.find(seq.ids)
-            groups.setdefault((n_same, id(kv)), (kv, []))[1].append(seq)
-        for (n_same, _), (kv, alike) in groups.items():
-            for some in in_passes(alike, n_same):
-                self.feed(some, n_same, kv)
+        self.seqs += seqs
         self.arrange()
+        for row, seq in enumerate(self.seqs):
+            if seq in seqs and len(seq.ids) > 1:
+                self.begin(seq, KVCache(self.kv[:, :, row : row + 1, :, self.end - len(seq.ids) + 1 : self.end]))
+
+    def begin(self, seq: Seq, cache: KVCache) -> None:
+        """Have all but the last of its tokens fed to `cache`, but for those whose keys and values are kept."""
+        n_same, kv = self.beginnings.find(seq.ids)
+        if n_same:
+            cache.kv[..., :n_same, :] = kv[..., :n_same, :]
+        if len(seq.ids) - 1 > n_same:
+            self.model.pieces.append(Piece(seq.ids[n_same:-1], KVCache(cache.kv, n_same)))
 
     def arrange(self) -> None:
         """The longest texts first, by the N_TEXTS, so that attention, which takes these at once, reads less padding."""
@@ -165,19 +157,6 @@ class Rows:
                 rows[slot] = row
         take_rows(self.kv[:, :, :n], rows, self.end - len(self.seqs[by_length[0]].ids) + 1, self.end)
         self.seqs = [self.seqs[row] for row in rows]
-
-    def feed(self, seqs: list[Seq], n_same: int, kv: np.ndarray | None) -> None:
-        """New rows for prompts of which the first n_same tokens are in `kv`."""
-        n_fed = max(len(seq.ids) for seq in seqs) - 1
-        n_pad = [n_fed - (len(seq.ids) - 1) for seq in seqs]
-        rows = slice(len(self.seqs), len(self.seqs) + len(seqs))
-        cache = KVCache(self.kv[:, :, rows, :, self.end - n_fed : self.end], n_same, n_pad)
-        for row, n in enumerate(n_pad):  # a shorter prompt's row holds less of it, and the rest is fed again
-            if n < n_same:
-                cache.kv[:, :, row, :, n:n_same] = kv[:, :, 0, :, : n_same - n]
-        if n_fed > n_same:
-            self.model.forward([left_padded(seq.ids[:-1], n_fed)[n_same:] for seq in seqs], cache)
-        self.seqs += seqs
 
     def step(self) -> list[Seq]:
         """A new token for each text; those that have ended with it, which are no longer here."""

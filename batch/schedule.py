@@ -25,7 +25,6 @@ from gpt2 import Model, Seq
 
 MAX_ROWS = 64  # more gain little, and each has its keys and values read at every step
 N_AHEAD = 4  # times as many prompts as rows are looked at together for what they have in common
-PART_TO_JOIN = 8  # prompts join when this part of the rows is free: together they are fed faster
 
 
 class Choice(NamedTuple):
@@ -243,8 +242,7 @@ def complete_many(
     rows, waiting = Rows(model, max_bytes, max_rows), Waiting(model, encoder, requests, N_AHEAD * max_rows)
     while True:
         yield from waiting.fill()
-        n = rows.n_joining(waiting.seqs)
-        if n and (n >= max_rows // PART_TO_JOIN or 2 * len(rows.seqs) <= max_rows):
+        if n := rows.n_joining(waiting.seqs):
             rows.join(*waiting.take(n))
         if not rows.seqs:
             return
