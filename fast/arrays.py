@@ -7,7 +7,7 @@ import numpy as np
 
 from fast.memory import room
 
-N_PIECE = 1 << 16  # numbers, 256 kB: so a formula's temporaries stay in the L2 cache
+N_PIECE = 1 << 15  # numbers, 128 kB: a formula and its temporaries stay in an L2 cache of 512 kB
 N_FEW = 16  # queries that are attended at once, whatever the number of keys
 N_TEXTS = 32  # of a padded batch, attended at once without the padding that all of them have
 N_QUERIES = 96  # of more, attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
