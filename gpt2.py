@@ -20,7 +20,8 @@ from checkpoints.weights import why_not_finite
 from console import command, flags, modes, stats
 from decoding.prefill import left_padded, prefilled
 from decoding.requests import check_batch, check_request, check_room, check_tokens
-from decoding.sampling import Sampler, for_row, for_text, greedy, is_near_tie
+from decoding.sampling import Sampler, for_row, for_text, greedy
+from decoding.ties import is_near_tie, settled
 from fast import ACTIVATIONS, Passes, elementwise, mean, room, row_sums, take_rows, tiled, times_transposed
 
 Drafter = Callable[[list[int], int], list[int]]  # (tokens, n_max) -> at most n_max guesses of what follows
@@ -240,6 +241,7 @@ class Seq:
     def __init__(self, prompt_ids, n_tokens, sample, is_end=None):
         self.ids, self.n_prompt, self.n_end = list(prompt_ids), len(prompt_ids), len(prompt_ids) + n_tokens
         self.sample, self.is_end, self.has_ended = for_text(sample, self.ids), is_end, False
+        self.n_first = self.n_prompt  # of the ids, which were fed at once: later ones followed one by one
 
     def choose(self, logits) -> None:
         self.ids.append(self.sample(logits, len(self.ids)))
@@ -300,6 +302,8 @@ def decode(model, cache, seqs, draft=None, slide_by=None):
         n_text = n_pad + len(first.ids)  # all rows are as long as this, with their padding
         if (n_over := n_text - start - n_ctx) > 0:  # the window moves, and its tokens are fed anew
             start, cache.length = start + -(-n_over // slide_by) * slide_by, 0
+            for seq in seqs:
+                seq.n_first = len(seq.ids)
         n_room = min(first.n_end - len(first.ids) - 1, n_ctx - (n_text - start))
         guesses = list(draft(first.ids, n_room))[:n_room] if draft else []  # an array would be added, not appended
         new = [left_padded(seq.ids[start:], n_text - start)[cache.length :] + guesses for seq in seqs]
@@ -307,7 +311,7 @@ def decode(model, cache, seqs, draft=None, slide_by=None):
         is_exact = model.passes.are_plain(len(seqs) * len(logits[0]))
         try:
             for row, seq in enumerate(seqs):
-                settle = None if is_exact else partial(forward_alone, model, cache, row, start)
+                settle = None if is_exact else partial(settled, model, cache, row, start)
                 yield from accept(seq, logits[row], guesses, settle)
         finally:  # also where the caller leaves: the newest is not fed yet, wrong guesses are forgotten
             cache.length = n_pad + len(first.ids) - start - 1
@@ -321,16 +325,10 @@ def accept(seq, rows, guesses, settle):
     """Choose a token from each of `rows` until it is not what was guessed. Near ties are settled by a row alone."""
     for logits, guess in zip(rows, [*guesses, None], strict=True):
         is_tie = settle is not None and is_near_tie(seq.sample, logits, len(seq.ids))
-        seq.choose(settle(seq.ids) if is_tie else logits)
+        seq.choose(settle(seq) if is_tie else logits)
         yield seq
         if is_tie or seq.ids[-1] != guess or seq.has_ended:
             return
-
-
-def forward_alone(model, cache, row, start, ids):  # -> [n_vocab], as a pass over the newest token gives it
-    cache = cache.row(row)
-    cache.length = len(ids) - 1 - start
-    return model.forward([ids[-1:]], cache, plainly=True)[0, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Beside:
     """A model, as `decode` needs one, of which the next pass feeds `pieces` too."""
 
     def __init__(self, model: Model):
-        self.model, self.hparams, self.passes = model, model.hparams, self
+        self.model, self.hparams, self.new_cache, self.passes = model, model.hparams, model.new_cache, self
         self.pieces: list[Piece] = []
 
     def are_plain(self, n_rows: int) -> bool:

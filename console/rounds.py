@@ -13,7 +13,8 @@ from console.errors import fail
 from console.stats import noted, peak_memory_gb
 from console.streams import write_text
 from decoding.draft_length import common_length
-from decoding.sampling import Sampler, for_text, margin
+from decoding.sampling import Sampler, for_text
+from decoding.ties import margin
 
 COLOURS = {"accepted guess": "32", "correction": "33", "bonus": "36", "plain": "0"}
 

@@ -18,9 +18,6 @@ from functools import partial
 import numpy as np
 
 Sampler = Callable[[np.ndarray, int], int]
-# Rows computed together round differently from a row computed alone, by up to 3e-6 of the largest logit (tiny 1e-6,
-# nano 3e-6, 124M's shapes 2e-6; 1e-4 with logits of 30 to 100). Scores closer than this are computed again, alone.
-NEAR_TIE = 2e-5  # of the largest logit
 
 
 def greedy(logits: np.ndarray, position: int) -> int:
@@ -41,19 +38,6 @@ def for_row(sample: Sampler, row: int) -> Sampler:
 def scores_of(sample: Sampler, logits: np.ndarray, position: int) -> np.ndarray:  # -> [n_vocab]
     """What `sample` takes the largest of."""
     return sample.scores(logits, position) if hasattr(sample, "scores") else logits
-
-
-def margin(sample: Sampler, logits: np.ndarray, position: int) -> float:
-    """By how much the token that `sample` chooses is ahead of the next one, in units of the logits."""
-    scores = scores_of(sample, logits, position)
-    best = int(scores.argmax())
-    rest = max(scores[:best].max(initial=-np.inf), scores[best + 1 :].max(initial=-np.inf))
-    return float(scores[best] - rest)
-
-
-def is_near_tie(sample: Sampler, logits: np.ndarray, position: int) -> bool:
-    """Whether rounding could make `sample` choose another token."""
-    return margin(sample, logits, position) < NEAR_TIE * float(max(logits.max(), -logits.min()))
 
 
 def log_softmax(x):  # [..., n] -> [..., n]

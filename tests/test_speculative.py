@@ -193,7 +193,7 @@ def tied_target():
 def test_near_ties_are_settled_alone(monkeypatch, settled):
     target = tied_target()
     if not settled:
-        monkeypatch.setattr("decoding.sampling.NEAR_TIE", 0.0)
+        monkeypatch.setattr("decoding.ties.NEAR_TIE", 0.0)
     same = []
     for seed in range(8):
         prompt = np.random.default_rng(seed).integers(60, size=4).tolist()

@@ -14,12 +14,10 @@ from decoding.sampling import (
     for_text,
     greedy,
     gumbel_noise,
-    is_near_tie,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     make_sampler,
-    margin,
     penalize,
 )
 
@@ -213,29 +211,8 @@ def test_all_filters_together_keep_what_transformers_keeps():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Margins, mistakes, seeds
+# Mistakes, seeds
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_margin_is_the_lead_of_the_choice():
-    logits = np.float32([1, 5, 4.5, 2])
-    assert margin(greedy, logits, 0) == 0.5
-    assert margin(greedy, np.float32([3, 3]), 0) == 0
-    assert is_near_tie(greedy, np.float32([3, 3, -50]), 0) and is_near_tie(greedy, np.float32([-100, -100.001]), 0)
-    assert not is_near_tie(greedy, np.float32([3, 3.0005]), 0) and not is_near_tie(greedy, np.float32([3]), 0)
-    assert margin(greedy, np.float32([3]), 0) == np.inf
-    sample = make_sampler(1.0, seed=3)
-    scores = np.sort(sample.scores(logits, 9))
-    assert margin(sample, logits, 9) == pytest.approx(scores[-1] - scores[-2])
-    assert sample(logits, 9) == sample.scores(logits, 9).argmax()
-    # At any temperature in units of the logits, as they are compared: a change of the logits is one of the scores.
-    for temperature in (0.01, 3):
-        sample = make_sampler(temperature, seed=3)
-        changed = sample.scores(np.float32([1, 5, 4.25, 2]), 9) - sample.scores(logits, 9)
-        np.testing.assert_allclose(changed, [0, 0, -0.25, 0], atol=1e-12)
-    # Rounding errors of the logits are magnified by the penalty, the margin is not.
-    penalized = for_text(make_sampler(0, repetition_penalty=4), [0, 1])
-    assert margin(penalized, np.float32([-2, -1.5, -20]), 2) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
