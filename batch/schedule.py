@@ -23,7 +23,7 @@ from decoding.stopping import has_ended, text_until_end
 from fast.memory import available_bytes
 from gpt2 import Model, Seq
 
-MAX_ROWS = 64  # more gain little, and each has its keys and values read at every step
+MAX_ROWS = 128  # 64 write 5 % fewer tokens a second (124M); keys and values take twice the memory
 N_AHEAD = 4  # times as many prompts as rows are looked at together for what they have in common
 
 
