@@ -23,6 +23,13 @@ N_KEPT = 8  # of such beginnings, at most
 SHARE_OF_KEPT = 1 / 8  # of the memory for keys and values
 
 
+def begun(cache: KVCache, n_same: int, kv: np.ndarray | None) -> KVCache:
+    """An empty cache's memory, with the first n_same tokens of `kv` in it."""
+    if n_same:
+        cache.kv[..., :n_same, :] = kv[..., :n_same, :]
+    return KVCache(cache.kv, n_same)
+
+
 class Beginnings:
     """Keys and values of what prompts begin with alike, computed once: the newest N_KEPT in max_bytes, newest last."""
 
@@ -41,9 +48,7 @@ class Beginnings:
         cache = self.model.new_cache(n_seq=len(ids))
         if len(ids) < n_same + MIN_COMMON or cache.kv.nbytes > self.max_bytes:
             return
-        if n_same:
-            cache.kv[..., :n_same, :] = kv[..., :n_same, :]
-        self.model.forward([ids[n_same:]], KVCache(cache.kv, n_same))
+        self.model.forward([ids[n_same:]], begun(cache, n_same, kv))
         self.kept = [*self.kept, (ids, cache.kv)][-N_KEPT:]
         while sum(kv.nbytes for _, kv in self.kept) > self.max_bytes:
             del self.kept[0]
@@ -140,10 +145,9 @@ class Rows:
     def begin(self, seq: Seq, cache: KVCache) -> None:
         """Have all but the last of its tokens fed to `cache`, but for those whose keys and values are kept."""
         n_same, kv = self.beginnings.find(seq.ids)
-        if n_same:
-            cache.kv[..., :n_same, :] = kv[..., :n_same, :]
+        cache = begun(cache, n_same, kv)
         if len(seq.ids) - 1 > n_same:
-            self.model.pieces.append(Piece(seq.ids[n_same:-1], KVCache(cache.kv, n_same)))
+            self.model.pieces.append(Piece(seq.ids[n_same:-1], cache))
 
     def arrange(self) -> None:
         """The longest texts first, by the N_TEXTS, so that attention, which takes these at once, reads less padding."""
