@@ -206,9 +206,11 @@ class Chunks:
             else:
                 self.cut += chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]
             return
-        if isinstance(error, ImportError):
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # the scheduler reads tasks as well
+        if isinstance(cause, ImportError):
             raise ValueError(
-                f"a worker cannot import {error.name}; start workers in the project's folder, with PYTHONPATH=."
+                f"the scheduler or a worker cannot import {cause.name}; start all of them in the project's folder, "
+                "with PYTHONPATH=."
             ) from error
         if error:
             raise error
@@ -220,8 +222,8 @@ class Chunks:
 def complete_on_cluster(client, requests: Iterable[Request], task: Callable[..., list[Result]]) -> Iterator[Result]:
     """What complete_many yields, computed by the workers of `client`; texts of a chunk come together.
 
-    task(chunk, hosts=...) gives the results of a chunk. ConnectionError: the scheduler is gone. ValueError: workers
-    cannot import this program, or what a task raises.
+    task(chunk, hosts=...) gives the results of a chunk. ConnectionError: the scheduler is gone. ValueError: it or a
+    worker cannot import this program, or what a task raises.
     """
     import distributed
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,14 +38,14 @@ PRELOAD = """if True:
 """
 
 
-def dask(folder, command, *flags):
+def dask(folder, command, *flags, path=ROOT):
     """A scheduler or a worker, on ports that the system chooses."""
-    env = os.environ | {"PYTHONPATH": ROOT, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1"}
+    env = os.environ | {"PYTHONPATH": path, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1"}
     flags = ["--host", "127.0.0.1", *flags]
     with open(folder / "log", "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", f"distributed.cli.dask_{command}", *map(str, flags)],
-            cwd=folder, env=env, stdout=log, stderr=log,
+            cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
 
 
@@ -58,25 +59,21 @@ def address_in(file, scheduler):
 
 
 @contextlib.contextmanager
-def cluster(folder):
-    """(the address, the scheduler's process) of a scheduler with two workers, which all end with it."""
+def cluster(folder, n_workers=2, scheduler_path=ROOT):
+    """(the address, the scheduler's process) of a scheduler with its workers, which all end with it."""
     (folder / "preload.py").write_text(f"FOLDER = {str(folder)!r}\n{PRELOAD}")
-    file = folder / "scheduler.json"
-    processes = [scheduler := dask(folder, "scheduler", "--port", 0, "--no-dashboard", "--scheduler-file", file)]
+    file, path = folder / "scheduler.json", scheduler_path
+    flags = ["--port", 0, "--no-dashboard", "--scheduler-file", file]
+    processes = [scheduler := dask(folder, "scheduler", *flags, path=path)]
     flags = ["--nthreads", 1, "--memory-limit", 0, "--no-dashboard", "--preload", folder / "preload.py"]
     try:
         address = address_in(file, scheduler)
-        processes += [dask(folder, "worker", address, *flags, "--death-timeout", 60) for _ in range(2)]
+        processes += [dask(folder, "worker", address, *flags, "--death-timeout", 60) for _ in range(n_workers)]
         yield address, scheduler
     finally:
-        for process in reversed(processes):
-            process.terminate()
-        for process in reversed(processes):
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for process in processes:  # at once: a nanny that is asked to end waits for a worker that waits for it
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def lines_of(path):
@@ -114,6 +111,19 @@ def test_a_cluster_whose_workers_and_scheduler_die(tmp_path):
     assert 0 < len(lines_of(tmp_path / "other")) < 65
     assert run_here("-m", "batch", waiting, f"--output={tmp_path / 'other'}", *FLAGS).returncode == 0
     assert lines_of(tmp_path / "other") == lines_of(tmp_path / "waiting.alone")
+
+
+def test_a_scheduler_outside_the_projects_folder(tmp_path):
+    """It reads what is sent to the workers, so it needs the program too."""
+    (tmp_path / "prompts").write_text("x")
+    with cluster(tmp_path, n_workers=1, scheduler_path="") as (address, _):
+        flags = [f"--output={tmp_path / 'out'}", f"--scheduler={address}", *FLAGS]
+        done = run("-m", "batch", tmp_path / "prompts", *flags)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        1,
+        "error: the scheduler or a worker cannot import batch; start all of them in the project's folder, with "
+        "PYTHONPATH=.",
+    )
 
 
 def test_workers_of_this_machine(tmp_path):
