@@ -8,6 +8,7 @@ import numpy as np
 from fast.activations import ACTIVATIONS
 from fast.arrays import N_TEXTS, elementwise, mean, row_sums, take_rows, tiled, times_transposed
 from fast.memory import check_memory, keep_freed_memory, room
+from fast.prompts import are_long, in_rows
 from fast.shares import MAX_FEW, Shares, in_shares, output_matrix
 from fast.threads import blas, count_threads, forks
 
@@ -19,7 +20,7 @@ MIN_BYTES = 1 << 26  # of weights; smaller models, as the embedded ones, are in 
 
 
 class Passes:
-    """How a model's passes are computed: in shares for our threads, or one row with plain products on BLAS's."""
+    """How a model's passes are computed: shared out to our threads, or one row with plain products on BLAS's."""
 
     def __init__(self, hparams: dict, params: dict):
         keep_freed_memory()
@@ -43,6 +44,9 @@ class Passes:
                     return gpt2(tokens, cache, n_last, **self.params)
             if plainly or self.are_plain(tokens.size) or not blas.controller:
                 return gpt2(tokens, cache, n_last, **self.params)
+            n_threads = len(self.shares.heads)
+            if are_long(tokens, cache, n_threads):
+                return in_rows(gpt2, tokens, cache, n_last, self.params, n_threads)
             if tokens.size <= MAX_FEW:
                 self.shares.prepare({tokens.size, n_last * len(tokens)}, cache)
             return in_shares(gpt2, tokens, cache, n_last, self.shares)

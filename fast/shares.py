@@ -24,7 +24,7 @@ PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_
 MAX_FEW = 64  # rows for which panels can be faster than the weights as they lie
 MANY = 16  # rows; of more, only multiples are timed
 N_ROWS_OF_WIDTH = 5  # the width of the panels is what suits so many rows best
-N_TIMINGS = 3  # of each way
+N_TIMINGS = 5  # of each way
 N_PARTS = 32  # of the output matrix: one is timed at a time
 TRIAL_BYTES = 1 << 27  # packed first, to see how long it takes: more than caches hold
 TYPICAL_STEPS = 8  # of one row, as long as packing takes; 50 and more in memory new to a virtual machine
@@ -149,7 +149,7 @@ class Shares:
         times: dict = {way: [] for way in ways}
         for way in [*ways] * N_TIMINGS:
             times[way].append(sum(run([partial(seconds, way, n_rows, matrices) for matrices in sample()])))
-        return min(ways, key=lambda way: min(times[way]))
+        return min(ways, key=lambda way: np.median(times[way]))
 
     def memory_for(self, n: int) -> np.ndarray | None:
         """Memory for n numbers in one piece, hence in large pages; None if they do not fit."""

@@ -15,7 +15,7 @@ from helpers import random_model, shared_out
 from processes import GPT2, SPECULATIVE, finish, read, start
 
 import fast
-from fast import panels, shares
+from fast import panels, prompts, shares
 from fast.threads import blas, forks
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and descriptors of POSIX")
@@ -116,7 +116,7 @@ def test_threads_never_outlive_the_program(module, number):
 # Ctrl-C at every line of what shares work between threads
 # ----------------------------------------------------------------------------------------------------------------------
 
-TRACED = {module.__file__ for module in (fast, fast.threads, panels, shares)}
+TRACED = {module.__file__ for module in (fast, fast.threads, panels, prompts, shares)}
 
 
 def interrupted_at(n, action) -> bool:
@@ -148,10 +148,11 @@ def interrupted_at(n, action) -> bool:
     return n_seen >= n
 
 
-@pytest.mark.parametrize("kind", ["rows in shares", "packing", "a small model"])
-def test_an_interrupt_at_any_line_leaves_nothing_stuck_locked_or_bound(kind):
+@pytest.mark.parametrize("kind", ["rows in shares", "rows of a prompt", "packing", "a small model"])
+def test_an_interrupt_at_any_line_leaves_nothing_stuck_locked_or_bound(kind, monkeypatch):
     small = random_model(n_layer=2, n_ctx=20)
     ids = [[3, 1, 4, 1]]
+    monkeypatch.setattr(prompts, "MIN_ROWS", 1 if kind == "rows of a prompt" else 9)
     expected = small.forward(ids, small.new_cache())
     n_blas = blas.controller.get_num_threads() if blas.controller else None
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None

@@ -19,11 +19,14 @@ SHAPES = [  # n_groups, n_in, n_columns
 ROWS = [1, 2, 3, 5, 8, 16, 33, 64]
 
 
-def arrays(n_rows, n_groups, n_in, n_columns):
-    rng = np.random.default_rng(n_rows + n_in + n_columns)
-    w = rng.standard_normal((n_in, 2 * n_groups * n_columns), np.float32)  # of which every other part is a share
-    view = w.reshape(n_in, n_groups, 2 * n_columns).swapaxes(0, 1)[..., n_columns:]
-    return rng.standard_normal((n_rows, n_in), np.float32), view
+@cache
+def weights(n_groups, n_in, n_columns):
+    w = np.random.default_rng(n_in + n_columns).standard_normal((n_in, 2 * n_groups * n_columns), np.float32)
+    return w.reshape(n_in, n_groups, 2 * n_columns).swapaxes(0, 1)[..., n_columns:]  # every other part is a share
+
+
+def arrays(n_rows, *shape):
+    return np.random.default_rng(n_rows).standard_normal((n_rows, shape[1]), np.float32), weights(*shape)
 
 
 def packed(w, width, way):
@@ -57,9 +60,9 @@ def expected(n_rows, *shape):
 @pytest.mark.parametrize("width", WIDTHS.values())
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_way_is_as_close_as_the_plain_product(way, width, shape):
+    matrix = packed(weights(*shape), width, way)
     for n_rows in ROWS:
-        x, w = arrays(n_rows, *shape)
-        y = x @ packed(w, width, way)
+        y = arrays(n_rows, *shape)[0] @ matrix
         assert y.dtype == np.float32 and y.shape == (n_rows, shape[0] * shape[2]) and y.flags.c_contiguous
         exact, of_plain = expected(n_rows, *shape)
         assert error(y, exact) <= max(2 * of_plain, 2e-6)

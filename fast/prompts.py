@@ -1,0 +1,64 @@
+"""Long prompts, of which each thread takes some of the rows through all layers.
+
+A token sees only those before it, so all that some rows need of the others are, at each layer, the keys and values of
+the rows before. Each thread waits for those. In shares (shares.py) each thread would compute all layer norms, and add
+up what the others have.
+"""
+
+from functools import partial
+from itertools import pairwise
+from queue import SimpleQueue
+
+import numpy as np
+
+from fast.threads import Stopped, run
+
+MIN_ROWS = 256  # for each thread; with fewer, each reading all weights takes longer than adding up
+
+
+class Rows:
+    """The cache as it is for some of the new tokens, which go through the layers beside those of `before`."""
+
+    def __init__(self, cache, rows: slice, before: "Rows | None"):
+        self.cache, self.seen = cache.share(slice(None)), cache.share(slice(None))
+        self.cache.advance(rows.start)
+        self.seen.advance(rows.stop)
+        self.n_head, self.d_head = cache.n_head, cache.d_head
+        self.positions, self.note = self.cache.positions, self.cache.note
+        self.before, self.stored = before, SimpleQueue()  # True for each layer, False when the pass has failed
+
+    def attend(self, layer, q, kv):  # as KVCache.attend
+        self.cache.append(layer, kv)
+        if self.before and not self.before.stored.get():
+            raise Stopped
+        self.stored.put(True)
+        return self.seen.attend(layer, q, kv[:, :, :, :0])  # nothing is left to store
+
+
+def equal_work(n_new: int, n_past: int, n_embd: int, n_parts: int) -> list[slice]:
+    """range(n_new) in n_parts that take as long: a row's products cost 24 n_embd^2, its attention 8 n_embd keys."""
+    work = np.cumsum(3 * n_embd + n_past + np.arange(n_new))
+    edges = np.searchsorted(work, work[-1] * np.arange(1, n_parts) / n_parts)
+    return [slice(int(start), int(stop)) for start, stop in pairwise([0, *edges, n_new])]
+
+
+def are_long(tokens, cache, n_threads: int) -> bool:
+    """Whether each thread has enough rows. A cache of several texts one after another is not cut into rows."""
+    return n_threads > 1 and tokens.shape[1] >= MIN_ROWS * n_threads and hasattr(cache, "append")
+
+
+def in_rows(gpt2, tokens, cache, n_last, params, n_threads):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
+    """gpt2(tokens, cache, n_last, **params), its rows shared out."""
+    n_new, parts = tokens.shape[1], []
+    slices = equal_work(n_new, cache.length, params["wte"].shape[1], n_threads)
+    for rows in slices:
+        parts.append(Rows(cache, rows, parts[-1] if parts else None))
+
+    def work(rows, part):
+        return gpt2(tokens[:, rows], part, max(0, min(rows.stop - rows.start, n_last - n_new + rows.stop)), **params)
+
+    def stop():
+        for part in parts:
+            part.stored.put(False)
+
+    return np.concatenate(run([partial(work, *each) for each in zip(slices, parts, strict=True)], stop), axis=1)
