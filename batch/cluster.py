@@ -196,8 +196,9 @@ class Chunks:
 
         chunk = self.in_flight.pop(future)
         is_alone = bool(self.suspects) and chunk[0] is self.suspects[0]
-        error = future.exception() if future.status == "error" else None
-        if isinstance(error, KilledWorker):
+        try:
+            results = future.result()  # lost with its worker, it is computed anew, and may kill workers only then
+        except KilledWorker:
             if is_alone:
                 message = f"line {chunk[0].line}: it killed every worker that tried it"
                 yield Result(self.suspects.popleft(), [], error=message, code="worker_killed")
@@ -206,17 +207,17 @@ class Chunks:
             else:
                 self.cut += chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :]
             return
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # the scheduler reads tasks as well
-        if isinstance(cause, ImportError):
+        except (ImportError, RuntimeError) as e:
+            cause = e if isinstance(e, ImportError) else e.__cause__  # the scheduler reads tasks as well
+            if not isinstance(cause, ImportError):
+                raise
             raise ValueError(
                 f"the scheduler or a worker cannot import {cause.name}; start all of them in the project's folder, "
                 "with PYTHONPATH=."
-            ) from error
-        if error:
-            raise error
+            ) from e
         if is_alone:
             self.suspects.popleft()
-        yield from future.result()
+        yield from results
 
 
 def complete_on_cluster(client, requests: Iterable[Request], task: Callable[..., list[Result]]) -> Iterator[Result]:
