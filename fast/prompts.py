@@ -16,10 +16,10 @@ from fast.threads import Stopped, run
 MIN_ROWS = 256  # for each thread; with fewer, each reading all weights takes longer than adding up
 
 
-class Rows:
+class Part:
     """The cache as it is for some of the new tokens, which go through the layers beside those of `before`."""
 
-    def __init__(self, cache, rows: slice, before: "Rows | None"):
+    def __init__(self, cache, rows: slice, before: "Part | None"):
         self.cache, self.seen = cache.share(slice(None)), cache.share(slice(None))
         self.cache.advance(rows.start)
         self.seen.advance(rows.stop)
@@ -52,7 +52,7 @@ def in_rows(gpt2, tokens, cache, n_last, params, n_threads):  # int[n_batch, n_n
     n_new, parts = tokens.shape[1], []
     slices = equal_work(n_new, cache.length, params["wte"].shape[1], n_threads)
     for rows in slices:
-        parts.append(Rows(cache, rows, parts[-1] if parts else None))
+        parts.append(Part(cache, rows, parts[-1] if parts else None))
 
     def work(rows, part):
         return gpt2(tokens[:, rows], part, max(0, min(rows.stop - rows.start, n_last - n_new + rows.stop)), **params)

@@ -62,9 +62,9 @@ def address_in(file, scheduler):
 def cluster(folder, n_workers=2, scheduler_path=ROOT):
     """(the address, the scheduler's process) of a scheduler with its workers, which all end with it."""
     (folder / "preload.py").write_text(f"FOLDER = {str(folder)!r}\n{PRELOAD}")
-    file, path = folder / "scheduler.json", scheduler_path
+    file = folder / "scheduler.json"
     flags = ["--port", 0, "--no-dashboard", "--scheduler-file", file]
-    processes = [scheduler := dask(folder, "scheduler", *flags, path=path)]
+    processes = [scheduler := dask(folder, "scheduler", *flags, path=scheduler_path)]
     flags = ["--nthreads", 1, "--memory-limit", 0, "--no-dashboard", "--preload", folder / "preload.py"]
     try:
         address = address_in(file, scheduler)
