@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from fast import kernel
+
 SMALL = 10**6 - 1  # multiply-adds up to which OpenBLAS uses its kernel for small matrices (its interface/gemm.c)
 
 
@@ -29,20 +31,24 @@ class Matrix:
         return self.ways.get(len(x), as_it_lies)(x, self)
 
     def fill(self) -> None:
-        (n_groups, n_in, n_columns), width = self.w.shape, self.panels.shape[3]
+        n_columns, (n_deep, n_groups, _, depth, width) = self.w.shape[2], self.panels.shape
         n_whole, n_rest = divmod(n_columns, width)
-        whole = self.w[..., : n_whole * width].reshape(n_groups, n_in, n_whole, width)
-        np.copyto(self.panels[:, :n_whole], whole.swapaxes(1, 2))
+        w = self.w.reshape(n_groups, n_deep, depth, n_columns).swapaxes(0, 1)
+        whole = w[..., : n_whole * width].reshape(n_deep, n_groups, depth, n_whole, width).swapaxes(2, 3)
+        into = self.panels[:, :, :n_whole]
+        if width % 4 == 0 and whole.strides[-1] == 4:  # copy four numbers at a time: a fifth of the time
+            into, whole = into.view(np.complex128), whole.view(np.complex128)
+        np.copyto(into, whole)
         if n_rest:
-            self.panels[:, n_whole, :, :n_rest] = self.w[..., n_whole * width :]
-            self.panels[:, n_whole, :, n_rest:] = 0
+            self.panels[:, :, n_whole, :, :n_rest] = w[..., n_whole * width :]
+            self.panels[:, :, n_whole, :, n_rest:] = 0
 
     def part(self, i: int, n: int) -> "Matrix":
         """The i-th of n parts of its columns, or of fewer if there are fewer panels. Of a matrix with one group."""
-        n_panels, width = self.panels.shape[1], self.panels.shape[3]
+        n_panels, width = self.panels.shape[2], self.panels.shape[4]
         n = min(n, n_panels)
         first, last = (n_panels * j // n for j in (i % n, i % n + 1))
-        return Matrix(self.w[..., first * width : last * width], {}, self.panels[:, first:last])
+        return Matrix(self.w[..., first * width : last * width], {}, self.panels[:, :, first:last])
 
     def columns(self, y):  # [n_rows, all columns of the panels] -> [n_rows, n_groups * n_columns]
         if y.shape[1] == self.shape[1]:
@@ -50,8 +56,9 @@ class Matrix:
         return np.ascontiguousarray(y.reshape(len(y), len(self.w), -1)[..., : self.w.shape[2]]).reshape(len(y), -1)
 
 
-def panels_shape(w, width):  # for [n_groups, n_in, n_columns]
-    return w.shape[0], -(-w.shape[2] // width), w.shape[1], width
+def panels_shape(w, width):  # for [n_groups, n_in, n_columns] -> n_deep, n_groups, n_panels, n_in / n_deep, width
+    n_deep = kernel.n_deep(w.shape[1]) if width == kernel.WIDTH else 1
+    return n_deep, w.shape[0], -(-w.shape[2] // width), w.shape[1] // n_deep, width
 
 
 @lru_cache(maxsize=1024)
@@ -60,14 +67,10 @@ def n_pieces(n_rows: int, n_in: int, width: int) -> int:
     return next(n for n in range(1, n_in + 1) if n_in % n == 0 and (n_rows * n_in * width // n <= SMALL or n == n_in))
 
 
-def filled_up(x, size):  # [n_rows, n_in] -> [n_rows or more, n_in]: with zeros, to a multiple of size
-    return np.concatenate([x, np.zeros((-len(x) % size, x.shape[1]), x.dtype)])
-
-
 def together(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]; for kernels that pack nothing, as AVX-512's
     if len(x) in (1, 3):  # NumPy's product of one row is slow with panels so wide, and the kernel is made for 2 and 4
-        return together(filled_up(x, 2), matrix)[: len(x)]
-    n_in, width = matrix.panels.shape[2:]
+        return together(np.concatenate([x, np.zeros_like(x[:1])]), matrix)[: len(x)]
+    n_in, width = matrix.panels.shape[3:]
     panels = matrix.panels.reshape(-1, n_in, width)
     n_panels = len(panels)
     y = np.empty((len(x), n_panels * width), np.float32)
@@ -83,8 +86,13 @@ def together(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]; for kernels that 
 
 def row_by_row(x, matrix):  # as together; for kernels that pack: the panel stays in the cache for all rows
     # Not into an array in the order of y: NumPy would take all panels for one row first.
-    by_panel = x[:, None] @ matrix.panels.reshape(-1, 1, *matrix.panels.shape[2:])  # [n_panels, n_rows, 1, width]
+    by_panel = x[:, None] @ matrix.panels.reshape(-1, 1, *matrix.panels.shape[3:])  # [n_panels, n_rows, 1, width]
     return matrix.columns(by_panel.swapaxes(0, 1).reshape(len(x), -1))
+
+
+def streamed(x, matrix):  # as together; in panels that OpenBLAS's kernel reads as they lie
+    n_deep, n_groups, n_panels, *shape = matrix.panels.shape
+    return matrix.columns(kernel.times(kernel.find(), x, matrix.panels.reshape(n_deep, n_groups * n_panels, *shape)))
 
 
 def as_it_lies(x, matrix):  # as together; for so many rows that packing pays
@@ -93,12 +101,16 @@ def as_it_lies(x, matrix):  # as together; for so many rows that packing pays
     return y.reshape(len(x), -1)
 
 
-def in_fours(x, matrix):  # as together; for kernels that compute 4 rows in less time than 3
-    return as_it_lies(filled_up(x, 4), matrix)[: len(x)]
+WIDTHS = {together: 64, row_by_row: 32}  # of the panels that suit a way
 
 
-WIDTHS = {together: 64, row_by_row: 32}
-WAYS = (together, row_by_row, as_it_lies, in_fours)
+def widths() -> dict:
+    return {streamed: kernel.WIDTH} | WIDTHS if kernel.find() else WIDTHS
+
+
+def ways(width: int) -> tuple:
+    """What can be used with panels so wide."""
+    return ((streamed,) if width == kernel.WIDTH else tuple(WIDTHS)) + (as_it_lies,)
 
 
 def seconds_to_fill(matrices: list[Matrix]) -> float:
@@ -119,6 +131,6 @@ def seconds(way, n_rows: int, matrices: list[Matrix]) -> float:
 
 def seconds_in_panels(way, n_rows: int, matrices: list[Matrix]) -> float:
     """The same for the first of the matrices, in new panels of the width that suits this way."""
-    copy = Matrix(matrices[0].w, {}, np.empty(panels_shape(matrices[0].w, WIDTHS[way]), np.float32))
+    copy = Matrix(matrices[0].w, {}, np.empty(panels_shape(matrices[0].w, widths()[way]), np.float32))
     copy.fill()
     return seconds(way, n_rows, [copy])

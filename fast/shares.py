@@ -17,7 +17,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from fast.memory import available_bytes
-from fast.panels import WAYS, WIDTHS, Matrix, panels_shape, seconds, seconds_in_panels, seconds_to_fill
+from fast.panels import Matrix, panels_shape, seconds, seconds_in_panels, seconds_to_fill, ways, widths
 from fast.threads import Stopped, run
 
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
@@ -130,10 +130,10 @@ class Shares:
     def choose(self, n_rows: int) -> None:
         """Time all ways for n_rows rows, or for the multiple of MANY that comes next."""
         n_timed = n_rows if n_rows < MANY else -(-n_rows // MANY) * MANY
-        for ways, sample in ((self.output_ways, self.sample_output), (self.ways, self.sample_layer)):
-            if n_timed not in ways:
-                ways[n_timed] = self.fastest(WAYS, n_timed, sample, seconds)
-            ways[n_rows] = ways[n_timed]
+        for chosen, sample in ((self.output_ways, self.sample_output), (self.ways, self.sample_layer)):
+            if n_timed not in chosen:
+                chosen[n_timed] = self.fastest(ways(self.width), n_timed, sample, seconds)
+            chosen[n_rows] = chosen[n_timed]
 
     def sample_layer(self) -> list[list[Matrix]]:
         """By share, the matrices of the next layer, which no cache holds."""
@@ -165,8 +165,9 @@ class Shares:
         if self.is_packed:  # by another thread meanwhile
             return
         started, matrices = time.perf_counter(), [m for share in self.matrices for m in share]
-        way = self.fastest(WIDTHS, N_ROWS_OF_WIDTH, self.sample_layer, seconds_in_panels)
-        shapes = [panels_shape(m.w, WIDTHS[way]) for m in matrices]
+        way = self.fastest(widths(), N_ROWS_OF_WIDTH, self.sample_layer, seconds_in_panels)
+        self.width = widths()[way]
+        shapes = [panels_shape(m.w, self.width) for m in matrices]
         sizes = [math.prod(shape) for shape in shapes]
         if (memory := self.memory_for(sum(sizes))) is None:
             return

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fast import times_transposed
-from fast.panels import SMALL, WAYS, WIDTHS, Matrix, n_pieces, panels_shape
+from fast.panels import SMALL, WIDTHS, Matrix, as_it_lies, n_pieces, panels_shape, ways, widths
 from gpt2 import matmul
 
 SHAPES = [  # n_groups, n_in, n_columns
@@ -17,6 +17,7 @@ SHAPES = [  # n_groups, n_in, n_columns
     (1, 7, 1),
 ]
 ROWS = [1, 2, 3, 5, 8, 16, 33, 64]
+WAYS = [pytest.param(way, width, id=f"{way.__name__}-{width}") for width in widths().values() for way in ways(width)]
 
 
 @cache
@@ -56,8 +57,7 @@ def expected(n_rows, *shape):
     return exact, error(product(x, w), exact)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("width", WIDTHS.values())
+@pytest.mark.parametrize(("way", "width"), WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_way_is_as_close_as_the_plain_product(way, width, shape):
     matrix = packed(weights(*shape), width, way)
@@ -68,31 +68,31 @@ def test_every_way_is_as_close_as_the_plain_product(way, width, shape):
         assert error(y, exact) <= max(2 * of_plain, 2e-6)
 
 
+@pytest.mark.parametrize(("way", "width"), WAYS)
 @pytest.mark.parametrize("shape", [(1, 64, 1000), (1, 64, 33), (1, 3, 5)], ids=str)
-def test_the_parts_of_a_matrix_are_all_of_its_columns(shape):
+def test_the_parts_of_a_matrix_are_all_of_its_columns(shape, way, width):
     x, w = arrays(2, *shape)
-    matrix = packed(w, 32, WAYS[0])
-    n_parts = min(8, matrix.panels.shape[1])
+    matrix = packed(w, width, way)
+    n_parts = min(8, matrix.panels.shape[2])
     parts = [matrix.part(i, 8) for i in range(3, 3 + n_parts)]  # they begin anew after the last
-    for way in WAYS:
-        y = np.concatenate([way(x, part) for part in parts[-3 % n_parts :] + parts[: -3 % n_parts]], axis=-1)
-        assert error(y, exactly(x, w)) <= 2e-6
+    y = np.concatenate([way(x, part) for part in parts[-3 % n_parts :] + parts[: -3 % n_parts]], axis=-1)
+    assert error(y, exactly(x, w)) <= 2e-6
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize(("way", "width"), WAYS)
 @pytest.mark.parametrize("shape", [(50257, 64), (101, 97), (5, 3), (1, 1)], ids=str)
-def test_every_way_multiplies_with_a_transpose(way, shape):
+def test_every_way_multiplies_with_a_transpose(way, width, shape):
     """The output product: wte lies as [n_vocab, n_embd]."""
     for n_rows in (1, 2, 5):
         x, wte = arrays(n_rows, 1, *shape[::-1])[0], np.random.default_rng(0).standard_normal(shape, np.float32)
-        y = x @ packed(wte.T[None], 64, way)
+        y = x @ packed(wte.T[None], width, way)
         assert y.shape == (n_rows, shape[0]) and error(y, exactly(x, wte.T[None])) <= 2e-6
 
 
 def test_leading_axes_stay_and_views_are_taken():
     x, w = arrays(6, 3, 12, 20)
     x = x.reshape(2, 3, 12)[:, ::2]
-    y = matmul(x, packed(w, 32, WAYS[0]))
+    y = matmul(x, packed(w, 32, as_it_lies))
     assert y.shape == (2, 2, 60)
     np.testing.assert_allclose(y, np.concatenate(x[None] @ w[:, None], axis=-1), rtol=0, atol=1e-4)
 

@@ -11,7 +11,7 @@ from helpers import random_model, shared_out
 import fast.shares
 import gpt2
 from console.stats import n_bytes
-from fast.panels import WAYS
+from fast.panels import as_it_lies, ways, widths
 from fast.shares import MIN_GAIN, TYPICAL_STEPS, Meeting, Shares, cut
 from fast.threads import Stopped, blas, crews
 
@@ -64,7 +64,7 @@ def test_memory_of_a_cache_is_free_when_the_cache_is(n_new):
         gc.enable()
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [*widths(), as_it_lies], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("n_new", [2, 3, 5, 8, 16])
 def test_the_model_gives_the_same_logits_whichever_way(way, n_new):
     whole = random_model(n_ctx=40)
@@ -77,20 +77,20 @@ def test_the_model_gives_the_same_logits_whichever_way(way, n_new):
 
 def test_layers_and_the_output_have_the_way_that_is_fastest_for_each(monkeypatch):
     model = shared_out(random_model(n_ctx=200), 2)
-    n_timed = []
+    shares, n_timed = model.passes.shares, []
+    in_panels, *_, plain = ways(shares.width)
 
     def seconds(way, n_rows, matrices):
         n_timed.append(n_rows)
-        return float(way is not (WAYS[0] if len(matrices) == 1 else WAYS[2]))
+        return float(way is not (in_panels if len(matrices) == 1 else plain))
 
     monkeypatch.setattr(fast.shares, "seconds", seconds)
     cache = model.new_cache()
     for n_new in (5, 5, 33, 40, 48, 47):
         model.forward(IDS.reshape(1, -1)[:, :n_new], cache, n_last=n_new)
-        shares = model.passes.shares
-        assert (shares.output_ways[n_new], shares.ways[n_new]) == (WAYS[0], WAYS[2])
+        assert (shares.output_ways[n_new], shares.ways[n_new]) == (in_panels, plain)
         cache.length = 0
-    assert sorted(set(n_timed)) == [5, 48] and len(n_timed) == 2 * 2 * 2 * 5 * len(WAYS)
+    assert sorted(set(n_timed)) == [5, 48] and len(n_timed) == 2 * 2 * 2 * 5 * len(ways(shares.width))
 
 
 @pytest.mark.parametrize("n", [7, 25, 61, 3072, 50257])
