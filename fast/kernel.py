@@ -19,7 +19,7 @@ from fast.threads import blas
 
 NAME = "sgemm_kernel_HASWELL"
 CORES = {"haswell", "zen", "skylakex", "cooperlake", "sapphirerapids"}  # OpenBLAS's names of those that have AVX2
-MAX_DEPTH = 1024
+MAX_DEPTH = 1600
 N_ROWS, WIDTH = 8, 4  # rows of x and columns of w that lie side by side
 SYMBOL_TABLES, FUNCTION = (2, 11), 2  # types of sections and of symbols (ELF-64 Object File Format 1.5, tables 8, 16)
 SECTION = np.dtype("u4, u4, u8, u8, u8, u8, u4, u4, u8, u8").newbyteorder("<")
@@ -36,13 +36,13 @@ def symbol_value(name: str, library: bytes) -> int:
     (start,), (n_sections,) = struct.unpack_from("<Q", library, 0x28), struct.unpack_from("<H", library, 0x3C)
     sections = np.frombuffer(library, SECTION, n_sections, start)
     for table in sections[np.isin(sections["type"], SYMBOL_TABLES)]:
-        names = sections[table["link"]]
-        at = library.find(b"\0" + name.encode() + b"\0", names["offset"], names["offset"] + names["size"]) + 1
+        start, size = (int(sections[table["link"]][field]) for field in ("offset", "size"))  # of all names
+        at = library.find(b"\0" + name.encode() + b"\0", start, start + size) + 1
         symbols = np.frombuffer(library, SYMBOL, table["size"] // SYMBOL.itemsize, table["offset"])
-        symbols = symbols[(symbols["section"] > 0) & (symbols["info"] % 16 == FUNCTION)]  # what is in no section is
-        symbols = symbols[symbols["name"] == at - names["offset"]]  # another library's
-        if at and len(symbols):
-            return int(symbols["value"][0])
+        is_ours = (symbols["section"] > 0) & (symbols["info"] % 16 == FUNCTION)  # in a section: not another library's
+        values = symbols["value"][is_ours & (symbols["name"] == max(0, at - start))]
+        if at and len(values):
+            return int(values[0])
     raise KeyError(name)
 
 
