@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 
 from fast.memory import room
+from fast.threads import others_turn
 
 N_PIECE = 1 << 15  # numbers, 128 kB: a formula and its temporaries stay in an L2 cache of 512 kB
 N_FEW = 16  # queries that are attended at once, whatever the number of keys
@@ -65,12 +66,8 @@ def texts_at_once(attend, q, k, v, padding):
 def tiled(attend):
     """attend(q, k, v, padding) of gpt2.py, of many rows some at a time, each with the keys that it may see."""
 
-    @wraps(attend)
-    def in_tiles(q, k, v, padding=None):
-        n_rows = q.shape[-2]
-        if n_rows <= N_FEW:
-            return attend(q, k, v) if padding is None else texts_at_once(attend, q, k, v, padding)
-        (n_batch, n_head), n_past = q.shape[:2], k.shape[-2] - n_rows
+    def in_tiles(q, k, v, padding):
+        (n_batch, n_head, n_rows), n_past = q.shape[:3], k.shape[-2] - q.shape[-2]
         out = np.empty_like(q)
         for start in range(0, n_rows, N_QUERIES):
             rows = slice(start, min(start + N_QUERIES, n_rows))
@@ -82,7 +79,14 @@ def tiled(attend):
                 out[heads][:, rows] = attend(q[heads][:, rows], k[heads][:, seen], v[heads][:, seen], mask)
         return out
 
-    return in_tiles
+    @wraps(attend)
+    def attend_some(q, k, v, padding=None):
+        with others_turn:
+            if q.shape[-2] > N_FEW:
+                return in_tiles(q, k, v, padding)
+            return attend(q, k, v) if padding is None else texts_at_once(attend, q, k, v, padding)
+
+    return attend_some
 
 
 def take_rows(kv, rows, start, stop):  # [n_layer, 2, n_batch, ...] -> [n_layer, 2, len(rows), ...]

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fast.threads import blas
+from fast.threads import blas, others_turn
 
 NAME = "sgemm_kernel_HASWELL"
 CORES = {"haswell", "zen", "skylakex", "cooperlake", "sapphirerapids"}  # OpenBLAS's names of those that have AVX2
@@ -64,14 +64,17 @@ def n_deep(n_in: int) -> int:
 
 def times(kernel, x, panels):  # [n_rows, n_in], [n_deep, n_panels, n_in / n_deep, WIDTH] -> [n_rows, n_columns]
     n_rows, (n_deep, n_panels, depth, _) = len(x), panels.shape
-    packed = np.zeros((n_deep, -(-n_rows // N_ROWS), depth, N_ROWS), np.float32)
+    n_side_by_side = min(N_ROWS, 1 << (n_rows - 1).bit_length())  # 1, 2, 4 or 8
+    packed = np.zeros((n_deep, -(-n_rows // n_side_by_side), depth, n_side_by_side), np.float32)
     x = x.reshape(n_rows, n_deep, depth).transpose(1, 2, 0)
     for i in range(packed.shape[1]):
-        rows = x[..., i * N_ROWS : (i + 1) * N_ROWS]
+        rows = x[..., i * n_side_by_side : (i + 1) * n_side_by_side]
         packed[:, i, :, : rows.shape[-1]] = rows
-    y = np.zeros((n_panels * WIDTH, packed.shape[1] * N_ROWS), np.float32)  # the kernel adds to it
+    y = np.zeros((n_panels * WIDTH, packed.shape[1] * n_side_by_side), np.float32)  # the kernel adds to it
     for pair in zip(packed, panels, strict=True):
-        kernel(y.shape[1], len(y), depth, 1, *map(c_float.from_buffer, (*pair, y)), y.shape[1])
+        pointers = map(c_float.from_buffer, (*pair, y))
+        with others_turn:
+            kernel(y.shape[1], len(y), depth, 1, *pointers, y.shape[1])
     return np.ascontiguousarray(y[:, :n_rows].T)
 
 

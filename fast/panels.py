@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from fast import kernel
+from fast.threads import others_turn
 
 SMALL = 10**6 - 1  # multiply-adds up to which OpenBLAS uses its kernel for small matrices (its interface/gemm.c)
 
@@ -76,17 +77,19 @@ def together(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]; for kernels that 
     y = np.empty((len(x), n_panels * width), np.float32)
     by_panel = y.reshape(len(x), n_panels, width).swapaxes(0, 1)
     n_deep = n_pieces(len(x), n_in, width)
-    if n_deep == 1:
-        np.matmul(x, panels, out=by_panel)
-    else:
-        x_pieces = x.reshape(len(x), n_deep, -1).swapaxes(0, 1)
-        np.add.reduce(x_pieces @ panels.reshape(n_panels, n_deep, -1, width), axis=1, out=by_panel)
+    with others_turn:
+        if n_deep == 1:
+            np.matmul(x, panels, out=by_panel)
+        else:
+            x_pieces = x.reshape(len(x), n_deep, -1).swapaxes(0, 1)
+            np.add.reduce(x_pieces @ panels.reshape(n_panels, n_deep, -1, width), axis=1, out=by_panel)
     return matrix.columns(y)
 
 
 def row_by_row(x, matrix):  # as together; for kernels that pack: the panel stays in the cache for all rows
     # Not into an array in the order of y: NumPy would take all panels for one row first.
-    by_panel = x[:, None] @ matrix.panels.reshape(-1, 1, *matrix.panels.shape[3:])  # [n_panels, n_rows, 1, width]
+    with others_turn:
+        by_panel = x[:, None] @ matrix.panels.reshape(-1, 1, *matrix.panels.shape[3:])  # [n_panels, n_rows, 1, width]
     return matrix.columns(by_panel.swapaxes(0, 1).reshape(len(x), -1))
 
 
@@ -97,7 +100,8 @@ def streamed(x, matrix):  # as together; in panels that OpenBLAS's kernel reads 
 
 def as_it_lies(x, matrix):  # as together; for so many rows that packing pays
     y = np.empty((len(x), len(matrix.w), matrix.w.shape[2]), np.float32)
-    np.matmul(x, matrix.w, out=y.swapaxes(0, 1))
+    with others_turn:
+        np.matmul(x, matrix.w, out=y.swapaxes(0, 1))
     return y.reshape(len(x), -1)
 
 
@@ -111,6 +115,13 @@ def widths() -> dict:
 def ways(width: int) -> tuple:
     """What can be used with panels so wide."""
     return ((streamed,) if width == kernel.WIDTH else tuple(WIDTHS)) + (as_it_lies,)
+
+
+def in_panels(matrices: list[Matrix], width: int) -> list[Matrix]:
+    """The same matrices, copied into panels of their own."""
+    copies = [Matrix(matrix.w, {}, np.empty(panels_shape(matrix.w, width), np.float32)) for matrix in matrices]
+    seconds_to_fill(copies)
+    return copies
 
 
 def seconds_to_fill(matrices: list[Matrix]) -> float:
@@ -127,10 +138,3 @@ def seconds(way, n_rows: int, matrices: list[Matrix]) -> float:
     for x, matrix in pairs:
         way(x, matrix)
     return time.perf_counter() - started
-
-
-def seconds_in_panels(way, n_rows: int, matrices: list[Matrix]) -> float:
-    """The same for the first of the matrices, in new panels of the width that suits this way."""
-    copy = Matrix(matrices[0].w, {}, np.empty(panels_shape(matrices[0].w, widths()[way]), np.float32))
-    copy.fill()
-    return seconds(way, n_rows, [copy])

@@ -17,12 +17,13 @@ from queue import SimpleQueue
 import numpy as np
 
 from fast.memory import available_bytes
-from fast.panels import Matrix, panels_shape, seconds, seconds_in_panels, seconds_to_fill, ways, widths
-from fast.threads import Stopped, run
+from fast.panels import Matrix, in_panels, panels_shape, seconds, seconds_to_fill, ways, widths
+from fast.threads import Stopped, in_turn, others_turn, run
 
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
 MAX_FEW = 64  # rows for which panels can be faster than the weights as they lie
 MANY = 16  # rows; of more, only multiples are timed
+MAX_IN_TURN = 32  # rows; with more, what is not a product takes longer than waking up
 N_ROWS_OF_WIDTH = 5  # the width of the panels is what suits so many rows best
 N_TIMINGS = 5  # of each way
 N_PARTS = 32  # of the output matrix: one is timed at a time
@@ -42,7 +43,8 @@ class Meeting:
         for thread, boxes in enumerate(self.boxes):
             if thread != me:
                 boxes[me].put(x)
-        parts = [x if thread == me else box.get() for thread, box in enumerate(self.boxes[me])]
+        with others_turn:
+            parts = [x if thread == me else box.get() for thread, box in enumerate(self.boxes[me])]
         if self.is_stopped:
             raise Stopped
         return sum(parts[1:], start=parts[0])
@@ -132,7 +134,7 @@ class Shares:
         n_timed = n_rows if n_rows < MANY else -(-n_rows // MANY) * MANY
         for chosen, sample in ((self.output_ways, self.sample_output), (self.ways, self.sample_layer)):
             if n_timed not in chosen:
-                chosen[n_timed] = self.fastest(ways(self.width), n_timed, sample, seconds)
+                chosen[n_timed] = self.fastest(dict.fromkeys(ways(self.width), sample), n_timed)
             chosen[n_rows] = chosen[n_timed]
 
     def sample_layer(self) -> list[list[Matrix]]:
@@ -144,12 +146,21 @@ class Shares:
         part = next(self.parts)
         return [[matrices[-1].part(part, N_PARTS)] for matrices in self.matrices]
 
-    def fastest(self, ways, n_rows: int, sample, seconds):
-        """The fastest of `ways` for products of n_rows rows with the matrices that `sample` takes for each timing."""
-        times: dict = {way: [] for way in ways}
-        for way in [*ways] * N_TIMINGS:
-            times[way].append(sum(run([partial(seconds, way, n_rows, matrices) for matrices in sample()])))
-        return min(ways, key=lambda way: np.median(times[way]))
+    def fastest(self, samples: dict, n_rows: int):
+        """The way, of those in `samples`, that is fastest with the matrices that its sample takes for each timing."""
+        times: dict = {way: [] for way in samples}
+        for way in [*samples] * N_TIMINGS:
+            works = [partial(seconds, way, n_rows, matrices) for matrices in samples[way]()]
+            times[way].append(sum(run(works)))
+        return min(samples, key=lambda way: np.median(times[way]))
+
+    def fastest_width(self) -> int:
+        """Timed on copies of a layer, one for each way, which push each other out of the caches."""
+        layer, samples = self.sample_layer(), {}
+        for way, width in widths().items():
+            copies = run([partial(in_panels, matrices, width) for matrices in layer])
+            samples[way] = partial(list, copies)
+        return widths()[self.fastest(samples, N_ROWS_OF_WIDTH)]
 
     def memory_for(self, n: int) -> np.ndarray | None:
         """Memory for n numbers in one piece, hence in large pages; None if they do not fit."""
@@ -165,8 +176,7 @@ class Shares:
         if self.is_packed:  # by another thread meanwhile
             return
         started, matrices = time.perf_counter(), [m for share in self.matrices for m in share]
-        way = self.fastest(widths(), N_ROWS_OF_WIDTH, self.sample_layer, seconds_in_panels)
-        self.width = widths()[way]
+        self.width = self.fastest_width()
         shapes = [panels_shape(m.w, self.width) for m in matrices]
         sizes = [math.prod(shape) for shape in shapes]
         if (memory := self.memory_for(sum(sizes))) is None:
@@ -175,7 +185,7 @@ class Shares:
             matrix.panels = panels.reshape(shape)
         n_trial = len(PRODUCTS) * math.ceil(TRIAL_BYTES * len(self.params["blocks"]) / memory.nbytes)
         seconds_to_pack = max(self.on_all(lambda m: seconds_to_fill(m[:n_trial])))
-        self.steps_to_pack = seconds_to_pack / max(self.on_all(lambda m: seconds(way, 1, m[:n_trial])))
+        self.steps_to_pack = seconds_to_pack / max(self.on_all(lambda m: seconds(ways(self.width)[0], 1, m[:n_trial])))
         if not self.pay(n_left):
             for matrix in matrices:
                 matrix.panels = None
@@ -188,12 +198,14 @@ class Shares:
 
 def in_shares(gpt2, tokens, cache, n_last, shares: Shares):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
     """gpt2(tokens, cache, n_last), its heads, hidden units and logits shared out."""
-    meeting = Meeting(len(shares.heads))
+    n = len(shares.heads)
+    meeting, turn = Meeting(n), threading.Lock()
+    turns = [turn] * n if tokens.size <= MAX_IN_TURN else [threading.Lock() for _ in range(n)]
     logits = np.empty((len(tokens), n_last, len(shares.params["wte"])), np.float32)
 
     def work(i):
         total, heads = partial(meeting.total, i), cache.share(shares.heads[i])
         logits[..., shares.ids[i]] = gpt2(tokens, heads, n_last, total=total, **shares.params_of[i])
 
-    run([partial(work, i) for i in range(len(shares.heads))], meeting.stop)
+    run([partial(in_turn, turns[i], partial(work, i)) for i in range(n)], meeting.stop)
     return logits

@@ -99,6 +99,37 @@ def run(works: list[Callable[[], object]], stop: Callable[[], None] = bool) -> l
     return [future.result() for future in futures]
 
 
+class OthersTurn(threading.local):
+    """`with others_turn:` around what runs without Python, for threads that take turns in running it.
+
+    Two threads that both want the GIL hand it to each other in every call of NumPy, and each time one has to wake up:
+    a step of 5 rows of 124M takes 48 ms instead of 43.
+    """
+
+    lock = None  # by which this thread takes turns, and which it holds
+
+    def __enter__(self):
+        if self.lock:
+            self.lock.release()
+
+    def __exit__(self, *error):
+        if self.lock:
+            self.lock.acquire()
+
+
+others_turn = OthersTurn()
+
+
+def in_turn(lock: threading.Lock, work: Callable):
+    """work(), in turn with the other threads that have this lock."""
+    with lock:
+        others_turn.lock = lock
+        try:
+            return work()
+        finally:
+            others_turn.lock = None
+
+
 class Blas:
     """NumPy's BLAS, held to one thread during passes that need that. The number holds for all threads of the process.
 
