@@ -22,7 +22,7 @@ from fast.threads import Stopped, in_turn, others_turn, run
 
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
 MAX_FEW = 64  # rows for which panels can be faster than the weights as they lie
-MANY = 16  # rows; of more, only multiples are timed
+MANY = 8  # rows; of more, only multiples are timed
 MAX_IN_TURN = 32  # rows; with more, what is not a product takes longer than waking up
 N_ROWS_OF_WIDTH = 5  # the width of the panels is what suits so many rows best
 N_TIMINGS = 5  # of each way

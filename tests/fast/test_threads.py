@@ -155,3 +155,37 @@ def test_a_limit_that_is_none_is_ignored(monkeypatch, limit):
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", limit)
     assert threads.count_threads() == len(threads.CORES)
+
+
+def test_threads_that_take_turns_run_one_at_a_time():
+    lock, n_running, largest = threading.Lock(), 0, 0
+
+    def count():
+        nonlocal n_running, largest
+        for _ in range(50):
+            n_running += 1
+            largest = max(largest, n_running)
+            time.sleep(1e-4)  # leaves the GIL to the others, but not the turn
+            n_running -= 1
+            with threads.others_turn:
+                meeting.wait(60)  # all are here at once
+
+    meeting = threading.Barrier(3)
+    threads.run([lambda: threads.in_turn(lock, count)] * 3, meeting.abort)
+    assert largest == 1 and not lock.locked() and threads.others_turn.lock is None
+
+
+def test_a_turn_ends_with_an_error():
+    lock = threading.Lock()
+
+    def fail():
+        with threads.others_turn:
+            assert not lock.locked()
+            raise ZeroDivisionError
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            threads.run([lambda: threads.in_turn(lock, fail)])
+        assert not lock.locked()
+    with threads.others_turn:  # a thread that takes no turns
+        pass
