@@ -105,16 +105,17 @@ def as_it_lies(x, matrix):  # as together; for so many rows that packing pays
     return y.reshape(len(x), -1)
 
 
-WIDTHS = {together: 64, row_by_row: 32}  # of the panels that suit a way
+WIDTHS = {streamed: kernel.WIDTH, together: 64, row_by_row: 32}  # of the panels that suit a way
 
 
 def widths() -> dict:
-    return {streamed: kernel.WIDTH} | WIDTHS if kernel.find() else WIDTHS
+    """Those to choose from here."""
+    return {way: WIDTHS[way] for way in (streamed if kernel.find() else row_by_row, together)}
 
 
 def ways(width: int) -> tuple:
-    """What can be used with panels so wide."""
-    return ((streamed,) if width == kernel.WIDTH else tuple(WIDTHS)) + (as_it_lies,)
+    """What can be used with panels so wide; first those that read the panels."""
+    return (streamed, as_it_lies) if width == kernel.WIDTH else (together, row_by_row, as_it_lies)
 
 
 def in_panels(matrices: list[Matrix], width: int) -> list[Matrix]:

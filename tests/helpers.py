@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from checkpoints.weights import expected_shapes, nest_params
-from fast.panels import widths
+from fast.panels import WIDTHS
 from fast.shares import Shares
 from gpt2 import Model
 
@@ -71,8 +71,8 @@ def shared_out(model, n_threads=3, way=None, is_packed=True):
         for ways in (model.passes.shares.ways, model.passes.shares.output_ways):
             ways.update(dict.fromkeys(range(1, 65), way))
     if is_packed:
-        width = widths().get(way)
-        with mock.patch("fast.shares.widths", lambda: {way: width}) if width else contextlib.nullcontext():
+        only = mock.patch("fast.shares.widths", lambda: {way: WIDTHS[way]})
+        with only if way in WIDTHS else contextlib.nullcontext():
             model.passes.shares.pack()
     return model
 

@@ -11,7 +11,8 @@ from helpers import random_model, shared_out
 import fast.shares
 import gpt2
 from console.stats import n_bytes
-from fast.panels import as_it_lies, ways, widths
+from fast import kernel
+from fast.panels import WIDTHS, as_it_lies, streamed, ways
 from fast.shares import MIN_GAIN, TYPICAL_STEPS, Meeting, Shares, cut
 from fast.threads import Stopped, blas, crews
 
@@ -64,9 +65,11 @@ def test_memory_of_a_cache_is_free_when_the_cache_is(n_new):
         gc.enable()
 
 
-@pytest.mark.parametrize("way", [*widths(), as_it_lies], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [*WIDTHS, as_it_lies], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("n_new", [2, 3, 5, 8, 16])
 def test_the_model_gives_the_same_logits_whichever_way(way, n_new):
+    if way is streamed and not kernel.find():
+        pytest.skip("this BLAS has no such kernel")
     whole = random_model(n_ctx=40)
     model = shared_out(whole, 2, way)
     expected = whole.forward(IDS[:1, : 10 + n_new], whole.new_cache(), n_last=n_new)
@@ -168,7 +171,7 @@ def test_the_first_tokens_do_not_wait_for_packing(large, cheap):
     large.forward([[1, 2, 3]], cache)
     assert not is_packed(large) and "no steps of several rows" in large.passes.shares.report
     large.forward([[1, 2]], cache)
-    assert is_packed(large) and "GB, packed in 0.0" in large.passes.shares.report
+    assert is_packed(large) and "GB, packed in " in large.passes.shares.report
     large.forward([[1]], large.new_cache())
 
 
