@@ -72,7 +72,7 @@ def times(kernel, x, panels):  # [n_rows, n_in], [n_deep, n_panels, n_in / n_dee
         packed[:, i, :, : rows.shape[-1]] = rows
     y = np.zeros((n_panels * WIDTH, packed.shape[1] * n_side_by_side), np.float32)  # the kernel adds to it
     for pair in zip(packed, panels, strict=True):
-        pointers = map(c_float.from_buffer, (*pair, y))
+        pointers = [c_float.from_buffer(array) for array in (*pair, y)]
         with others_turn:
             kernel(y.shape[1], len(y), depth, 1, *pointers, y.shape[1])
     return np.ascontiguousarray(y[:, :n_rows].T)
