@@ -19,7 +19,7 @@ from fast.threads import blas, others_turn
 
 NAME = "sgemm_kernel_HASWELL"
 CORES = {"haswell", "zen", "skylakex", "cooperlake", "sapphirerapids"}  # OpenBLAS's names of those that have AVX2
-MAX_DEPTH = 1600
+MAX_DEPTH = 1600  # rows of w in a panel
 N_ROWS, WIDTH = 8, 4  # rows of x and columns of w that lie side by side
 SYMBOL_TABLES, FUNCTION = (2, 11), 2  # types of sections and of symbols (ELF-64 Object File Format 1.5, tables 8, 16)
 SECTION = np.dtype("u4, u4, u8, u8, u8, u8, u4, u4, u8, u8").newbyteorder("<")
@@ -33,8 +33,8 @@ def symbol_value(name: str, library: bytes) -> int:
 
     LookupError, ValueError, struct.error: it has none of that name, or is no 64-bit ELF file.
     """
-    (start,), (n_sections,) = struct.unpack_from("<Q", library, 0x28), struct.unpack_from("<H", library, 0x3C)
-    sections = np.frombuffer(library, SECTION, n_sections, start)
+    (offset,), (n_sections,) = struct.unpack_from("<Q", library, 0x28), struct.unpack_from("<H", library, 0x3C)
+    sections = np.frombuffer(library, SECTION, n_sections, offset)
     for table in sections[np.isin(sections["type"], SYMBOL_TABLES)]:
         start, size = (int(sections[table["link"]][field]) for field in ("offset", "size"))  # of all names
         at = library.find(b"\0" + name.encode() + b"\0", start, start + size) + 1
