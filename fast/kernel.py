@@ -62,15 +62,17 @@ def n_deep(n_in: int) -> int:
     return next((n for n in range(1, 17) if n_in % n == 0 and n_in // n <= MAX_DEPTH), 1)
 
 
+def filled_up(x, size):  # [n_rows, n_in] -> [n_rows or more, n_in]: with zeros, to a multiple of size
+    n_more = -len(x) % size
+    return np.concatenate([x, np.zeros((n_more, x.shape[1]), x.dtype)]) if n_more else x
+
+
 def times(kernel, x, panels):  # [n_rows, n_in], [n_deep, n_panels, n_in / n_deep, WIDTH] -> [n_rows, n_columns]
     n_rows, (n_deep, n_panels, depth, _) = len(x), panels.shape
     n_side_by_side = min(N_ROWS, 1 << (n_rows - 1).bit_length())  # 1, 2, 4 or 8
-    packed = np.zeros((n_deep, -(-n_rows // n_side_by_side), depth, n_side_by_side), np.float32)
-    x = x.reshape(n_rows, n_deep, depth).transpose(1, 2, 0)
-    for i in range(packed.shape[1]):
-        rows = x[..., i * n_side_by_side : (i + 1) * n_side_by_side]
-        packed[:, i, :, : rows.shape[-1]] = rows
-    y = np.zeros((n_panels * WIDTH, packed.shape[1] * n_side_by_side), np.float32)  # the kernel adds to it
+    x = filled_up(x, n_side_by_side)
+    packed = np.array(x.reshape(-1, n_side_by_side, n_deep, depth).transpose(2, 0, 3, 1), order="C")
+    y = np.zeros((n_panels * WIDTH, len(x)), np.float32)  # the kernel adds to it
     for pair in zip(packed, panels, strict=True):
         pointers = [c_float.from_buffer(array) for array in (*pair, y)]
         with others_turn:

@@ -70,7 +70,7 @@ def n_pieces(n_rows: int, n_in: int, width: int) -> int:
 
 def together(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]; for kernels that pack nothing, as AVX-512's
     if len(x) in (1, 3):  # NumPy's product of one row is slow with panels so wide, and the kernel is made for 2 and 4
-        return together(np.concatenate([x, np.zeros_like(x[:1])]), matrix)[: len(x)]
+        return together(kernel.filled_up(x, 2), matrix)[: len(x)]
     n_in, width = matrix.panels.shape[3:]
     panels = matrix.panels.reshape(-1, n_in, width)
     n_panels = len(panels)
@@ -114,7 +114,7 @@ def widths() -> dict:
 
 
 def ways(width: int) -> tuple:
-    """What can be used with panels so wide; first those that read the panels."""
+    """What can be used with panels so wide."""
     return (streamed, as_it_lies) if width == kernel.WIDTH else (together, row_by_row, as_it_lies)
 
 

@@ -17,7 +17,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from fast.memory import available_bytes
-from fast.panels import Matrix, in_panels, panels_shape, seconds, seconds_to_fill, ways, widths
+from fast.panels import WIDTHS, Matrix, in_panels, panels_shape, seconds, seconds_to_fill, ways, widths
 from fast.threads import Stopped, in_turn, others_turn, run
 
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
@@ -154,13 +154,13 @@ class Shares:
             times[way].append(sum(run(works)))
         return min(samples, key=lambda way: np.median(times[way]))
 
-    def fastest_width(self) -> int:
+    def fastest_in_panels(self):
         """Timed on copies of a layer, one for each way, which push each other out of the caches."""
         layer, samples = self.sample_layer(), {}
         for way, width in widths().items():
             copies = run([partial(in_panels, matrices, width) for matrices in layer])
             samples[way] = partial(list, copies)
-        return widths()[self.fastest(samples, N_ROWS_OF_WIDTH)]
+        return self.fastest(samples, N_ROWS_OF_WIDTH)
 
     def memory_for(self, n: int) -> np.ndarray | None:
         """Memory for n numbers in one piece, hence in large pages; None if they do not fit."""
@@ -176,7 +176,8 @@ class Shares:
         if self.is_packed:  # by another thread meanwhile
             return
         started, matrices = time.perf_counter(), [m for share in self.matrices for m in share]
-        self.width = self.fastest_width()
+        way = self.fastest_in_panels()
+        self.width = WIDTHS[way]
         shapes = [panels_shape(m.w, self.width) for m in matrices]
         sizes = [math.prod(shape) for shape in shapes]
         if (memory := self.memory_for(sum(sizes))) is None:
@@ -185,7 +186,7 @@ class Shares:
             matrix.panels = panels.reshape(shape)
         n_trial = len(PRODUCTS) * math.ceil(TRIAL_BYTES * len(self.params["blocks"]) / memory.nbytes)
         seconds_to_pack = max(self.on_all(lambda m: seconds_to_fill(m[:n_trial])))
-        self.steps_to_pack = seconds_to_pack / max(self.on_all(lambda m: seconds(ways(self.width)[0], 1, m[:n_trial])))
+        self.steps_to_pack = seconds_to_pack / max(self.on_all(lambda m: seconds(way, 1, m[:n_trial])))
         if not self.pay(n_left):
             for matrix in matrices:
                 matrix.panels = None
