@@ -87,34 +87,31 @@ def attend(q, k, v, padding=None):
 
 
 def attention(x, cache, layer, n_rows, c_attn, c_proj):  # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]
-    """Of the heads that the weights and the cache are of: all, or a share of them. Heads know nothing of each other."""
     n_batch, n_new, _ = x.shape
     qkv = linear(x, **c_attn).reshape(n_batch, n_new, 3, cache.n_head, cache.d_head).transpose(2, 0, 3, 1, 4)
     heads = cache.attend(layer, qkv[0, :, :, n_new - n_rows :], qkv[1:])
     return linear(heads.swapaxes(1, 2).reshape(n_batch, n_rows, cache.n_head * cache.d_head), **c_proj)
 
 
-def feed_forward(x, activation, c_fc, c_proj):  # [..., n_embd] -> [..., n_embd], of all hidden units or a share of them
+def feed_forward(x, activation, c_fc, c_proj):  # [..., n_embd] -> [..., n_embd]
     return linear(activation(linear(x, **c_fc)), **c_proj)
 
 
-def transformer_block(x, cache, layer, n_rows, total, activation, eps, attn, ln_1, ln_2, mlp):
+def transformer_block(x, cache, layer, n_rows, activation, eps, attn, ln_1, ln_2, mlp):
     # [n_batch, n_new, n_embd] -> [n_batch, n_rows, n_embd]: keys and values of all, the rest of the last rows only
-    x = x[:, x.shape[1] - n_rows :] + total(attention(layer_norm(x, **ln_1, eps=eps), cache, layer, n_rows, **attn))
-    x += total(feed_forward(layer_norm(x, **ln_2, eps=eps), activation, **mlp))
+    x = x[:, x.shape[1] - n_rows :] + attention(layer_norm(x, **ln_1, eps=eps), cache, layer, n_rows, **attn)
+    x += feed_forward(layer_norm(x, **ln_2, eps=eps), activation, **mlp)
     return x
 
 
-def gpt2(tokens, cache, n_last, wte, wpe, blocks, ln_f, lm_head=None, total=lambda x: x, activation=gelu, eps=1e-5):
+def gpt2(tokens, cache, n_last, wte, wpe, blocks, ln_f, lm_head=None, activation=gelu, eps=1e-5):
     # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
-    """The model. What a layer adds to x is a sum over its heads and over its hidden units, so several threads can each
-    compute a share of them; `total` then adds up what all have. `lm_head`: all or some columns of the output matrix.
-    """
+    """The model. `lm_head`: the output matrix, [n_embd, n_vocab], where it is not the transpose of wte."""
     x = embed(tokens, cache.positions(tokens.shape[1]), wte, wpe)
     for i, params in enumerate(blocks):
         cache.note(x)
         n_rows = n_last if i == len(blocks) - 1 else x.shape[1]  # later blocks need every row, the output only the last
-        x = transformer_block(x, cache, i, n_rows, total, activation, eps, **params)
+        x = transformer_block(x, cache, i, n_rows, activation, eps, **params)
     cache.note(x)
     return matmul(layer_norm(x, **ln_f, eps=eps), wte.T if lm_head is None else lm_head)
 
@@ -182,9 +179,6 @@ class KVCache:
         n_pad = int(self.n_pad[row])
         return KVCache(self.kv[:, :, row : row + 1, :, n_pad:], self._length - n_pad)
 
-    def share(self, heads: slice) -> "KVCache":
-        return type(self)(self.kv[:, :, :, heads], self._length, self.n_pad)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
@@ -198,7 +192,7 @@ class Model:
         self.hparams, self.params = hparams, params
         activation, eps = ACTIVATIONS.get(hparams.get("activation"), gelu), hparams.get("layer_norm_epsilon", 1e-5)
         self.gpt2 = partial(gpt2, activation=activation, eps=eps)
-        self.passes = Passes(hparams, params)
+        self.passes = Passes(params)
 
     def new_cache(self, n_batch: int = 1, n_seq: int | None = None, n_pad: Sequence[int] = ()) -> KVCache:
         """Room for the whole context, or for n_seq tokens if that is less: large memory takes time to be had."""

@@ -32,9 +32,6 @@ class Mixed:
         self.kv, self.n_head, self.d_head = cache.kv, cache.n_head, cache.d_head
         self.n_ctx = sum(len(piece.ids) for piece in pieces) + cache.n_batch  # room there is, in the caches
 
-    def share(self, heads: slice) -> "Mixed":
-        return Mixed([Piece(ids, cache.share(heads)) for ids, cache in self.pieces], self.cache.share(heads))
-
     def positions(self, n_new):  # -> int[1, n_new]
         of_pieces = [np.arange(cache.length, cache.length + len(ids)) for ids, cache in self.pieces]
         return np.concatenate([*of_pieces, self.cache.length - self.cache.n_pad])[None]

@@ -11,8 +11,8 @@ import numpy as np
 
 import gpt2
 from checkpoints.weights import expected_shapes, nest_params
-from fast.shares import PRODUCTS, output_matrix
 from fast.threads import count_threads
+from fast.weights import PRODUCTS, output_matrix
 
 FOLDER = os.path.join("benchmarks", "results")
 SETTLE_S = 0.12  # after a product, BLAS's own threads spin for up to 0.1 s and occupy the cores

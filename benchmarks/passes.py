@@ -103,7 +103,7 @@ def row_actions(model: gpt2.Model, draft: gpt2.Model, position: int) -> dict:
     model.forward([ids[:position]], cache)
     draft.forward([ids[:1]], draft_cache)
     for each in (model, draft):
-        each.passes.shares.pack()
+        each.passes.weights.pack()
 
     def step(n, forward=model.forward):
         cache.length = position
@@ -149,7 +149,7 @@ def rows(
     model = load_or_random(model_size, models_dir)
     draft = model if draft_model_size == model_size else load_or_random(draft_model_size, models_dir)
     times = in_turn({"stream": stream(model)} | row_actions(model, draft, position), n_times)
-    one_row, ways = np.median(times[1, "step"]), model.passes.shares.ways
+    one_row, ways = np.median(times[1, "step"]), model.passes.weights.ways
     table = []
     for n in COUNTS:
         row = {"rows": n} | milliseconds(times[n, "step"])
@@ -180,7 +180,7 @@ def batch(model_size: str = "random:124M", models_dir: str | None = None, *, n_t
     """
     model = load_or_random(model_size, models_dir)
     plain = gpt2.Model(model.hparams, model.params)
-    model.passes.shares.pack()
+    model.passes.weights.pack()
     ids = random_ids(model, 20 * max(PROMPT_COUNTS))
     prompts = [ids[20 * i : 20 * i + 5 + 7 * i % 16] for i in range(max(PROMPT_COUNTS))]
     texts = {}

@@ -11,8 +11,8 @@ import tempfile
 
 import numpy as np
 
-from fast.shares import PRODUCTS
 from fast.threads import count_threads
+from fast.weights import PRODUCTS
 
 N_STEPS = 8  # tokens decoded one after another: the first after a pause takes longer than the others
 

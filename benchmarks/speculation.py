@@ -105,7 +105,7 @@ def acceptance(
     simulation, turns = Simulation(target, draft, n_tokens), []
     for number in range(n_times + 1):
         turns.append(simulation.turn(n_short, number))
-        print(f"turn {number} of {n_times}: {target.passes.shares.report}", file=sys.stderr)
+        print(f"turn {number} of {n_times}: {target.passes.weights.report}", file=sys.stderr)
     del turns[0]  # which brings memory and threads
     table = [acceptance_row(key, [turn[key] for turn in turns], n_tokens) for key in turns[0]]
     cost = [float(np.median([expected_tokens(n) / turn[n].speedup for turn in turns])) for n in LENGTHS]

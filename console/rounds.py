@@ -102,7 +102,7 @@ def summarize(recorder: Recorder, target) -> dict:
     if n_rounds > 1:  # after the first token, for which both ways take a pass over the prompt
         summary["speedup_over_plain_steps"] = round((n_new - 1) * plain / (ticks[-1] - ticks[1]), 3)
     return summary | {
-        "weights_in_panels": target.passes.shares.report,
+        "weights_in_panels": target.passes.weights.report,
         "peak_memory_gb": round(peak_memory_gb() or 0, 3),
     }
 

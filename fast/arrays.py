@@ -1,14 +1,16 @@
 """Formulas on large arrays, spelled to be fast: in pieces that fit the cache, and as products where sums are slow."""
 
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from itertools import product
 
 import numpy as np
 
 from fast.memory import room
-from fast.threads import others_turn
+from fast.threads import team
 
 N_PIECE = 1 << 15  # numbers, 128 kB: a formula and its temporaries stay in an L2 cache of 512 kB
+N_SHARED = 1 << 16  # numbers from which a formula takes longer than waking other threads
+N_SHARED_PRODUCTS = 1 << 20  # of a query's number and a key's: the same for attention
 N_FEW = 16  # queries that are attended at once, whatever the number of keys
 N_TEXTS = 32  # of a padded batch, attended at once without the padding that all of them have
 N_QUERIES = 96  # of more, attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
@@ -39,14 +41,17 @@ def times_transposed(q, k):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [.
 def elementwise(function):
     """function(x), [...] -> [...], computed piece by piece; the result takes the place of x if that is large."""
 
+    def in_place(part):
+        for start in range(0, len(part), N_PIECE):
+            piece = part[start : start + N_PIECE]
+            piece[:] = function(piece)
+
     @wraps(function)
     def in_pieces(x):
-        if x.size <= N_PIECE:
+        if x.size <= (N_SHARED if team.helpers else N_PIECE):
             return function(x)
         flat = x.reshape(-1)
-        for start in range(0, flat.size, N_PIECE):
-            piece = flat[start : start + N_PIECE]
-            piece[:] = function(piece)
+        team.run([partial(in_place, flat[part]) for part in team.cut(flat.size, 64)])
         return x
 
     return in_pieces
@@ -64,7 +69,7 @@ def texts_at_once(attend, q, k, v, padding):
 
 
 def tiled(attend):
-    """attend(q, k, v, padding) of gpt2.py, of many rows some at a time, each with the keys that it may see."""
+    """attend(q, k, v, padding) of gpt2.py, by heads; many rows some at a time, each with the keys that it may see."""
 
     def in_tiles(q, k, v, padding):
         (n_batch, n_head, n_rows), n_past = q.shape[:3], k.shape[-2] - q.shape[-2]
@@ -79,14 +84,24 @@ def tiled(attend):
                 out[heads][:, rows] = attend(q[heads][:, rows], k[heads][:, seen], v[heads][:, seen], mask)
         return out
 
-    @wraps(attend)
-    def attend_some(q, k, v, padding=None):
-        with others_turn:
-            if q.shape[-2] > N_FEW:
-                return in_tiles(q, k, v, padding)
-            return attend(q, k, v) if padding is None else texts_at_once(attend, q, k, v, padding)
+    def of_few_or_many(q, k, v, padding):
+        if q.shape[-2] > N_FEW:
+            return in_tiles(q, k, v, padding)
+        return attend(q, k, v) if padding is None else texts_at_once(attend, q, k, v, padding)
 
-    return attend_some
+    @wraps(attend)
+    def in_shares(q, k, v, padding=None):
+        if not team.helpers or q.shape[-2] * k.size < N_SHARED_PRODUCTS:
+            return of_few_or_many(q, k, v, padding)
+        out = np.empty_like(q)
+
+        def share(heads):
+            out[:, heads] = of_few_or_many(q[:, heads], k[:, heads], v[:, heads], padding)
+
+        team.run([partial(share, heads) for heads in team.cut(q.shape[1])])
+        return out
+
+    return in_shares
 
 
 def take_rows(kv, rows, start, stop):  # [n_layer, 2, n_batch, ...] -> [n_layer, 2, len(rows), ...]

@@ -11,11 +11,11 @@ three matrices. Where it is not found, or a product with it is wrong, `find` ret
 
 import struct
 from ctypes import CFUNCTYPE, POINTER, c_float, c_int, c_int64
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
-from fast.threads import blas, others_turn
+from fast.threads import blas
 
 NAME = "sgemm_kernel_HASWELL"
 CORES = {"haswell", "zen", "skylakex", "cooperlake", "sapphirerapids"}  # OpenBLAS's names of those that have AVX2
@@ -62,22 +62,22 @@ def n_deep(n_in: int) -> int:
     return next((n for n in range(1, 17) if n_in % n == 0 and n_in // n <= MAX_DEPTH), 1)
 
 
-def filled_up(x, size):  # [n_rows, n_in] -> [n_rows or more, n_in]: with zeros, to a multiple of size
-    n_more = -len(x) % size
-    return np.concatenate([x, np.zeros((n_more, x.shape[1]), x.dtype)]) if n_more else x
+def side_by_side(x, n_deep):  # [n_rows, n_in] -> [n_deep, n_blocks, n_in / n_deep, 1, 2, 4 or 8]: rows, then zeros
+    n_lanes = min(N_ROWS, 1 << (len(x) - 1).bit_length())
+    if n_more := -len(x) % n_lanes:
+        x = np.concatenate([x, np.zeros((n_more, x.shape[1]), x.dtype)])
+    return np.array(x.reshape(-1, n_lanes, n_deep, x.shape[1] // n_deep).transpose(2, 0, 3, 1), order="C")
 
 
-def times(kernel, x, panels):  # [n_rows, n_in], [n_deep, n_panels, n_in / n_deep, WIDTH] -> [n_rows, n_columns]
-    n_rows, (n_deep, n_panels, depth, _) = len(x), panels.shape
-    n_side_by_side = min(N_ROWS, 1 << (n_rows - 1).bit_length())  # 1, 2, 4 or 8
-    x = filled_up(x, n_side_by_side)
-    packed = np.array(x.reshape(-1, n_side_by_side, n_deep, depth).transpose(2, 0, 3, 1), order="C")
-    y = np.zeros((n_panels * WIDTH, len(x)), np.float32)  # the kernel adds to it
-    for pair in zip(packed, panels, strict=True):
-        pointers = [c_float.from_buffer(array) for array in (*pair, y)]
-        with others_turn:
-            kernel(y.shape[1], len(y), depth, 1, *pointers, y.shape[1])
-    return np.ascontiguousarray(y[:, :n_rows].T)
+def pointers(pieces) -> list:  # contiguous arrays
+    return [c_float.from_buffer(piece) for piece in pieces]  # a pointer of x.ctypes.data takes twice as long
+
+
+def products(kernel, depth, x, panels, y):
+    # pointers to [n_blocks, depth, n_lanes] and [n_panels, depth, WIDTH], n_deep each; [n_columns, n_blocks * n_lanes]
+    """What to call so that the products of x and the panels are added to y."""
+    n_rows, n_columns, [total] = y.shape[1], len(y), pointers([y])
+    return [partial(kernel, n_rows, n_columns, depth, 1, *pair, total, n_rows) for pair in zip(x, panels, strict=True)]
 
 
 def is_right(kernel) -> bool:
@@ -86,7 +86,10 @@ def is_right(kernel) -> bool:
         x = rng.standard_normal((n_rows, n_deep * depth), np.float32)
         panels = rng.standard_normal((n_deep, n_panels, depth, WIDTH), np.float32)
         w = panels.swapaxes(1, 2).reshape(n_deep * depth, n_panels * WIDTH)
-        if not np.allclose(times(kernel, x, panels), x @ w, rtol=0, atol=1e-4):
+        y = np.zeros((n_panels * WIDTH, n_rows), np.float32)
+        for product in products(kernel, depth, pointers(side_by_side(x, n_deep)), pointers(panels), y):
+            product()
+        if not np.allclose(y.T, x @ w, rtol=0, atol=1e-4):
             return False
     return True
 

@@ -1,10 +1,10 @@
 """Long prompts, of which each thread takes some of the rows through all layers.
 
 A token sees only those before it, so all that some rows need of the others are, at each layer, the keys and values of
-the rows before. Each thread waits for those. In shares (shares.py) each thread would compute all layer norms, and add
-up what the others have.
+the rows before. Each thread waits for those. A team (threads.py) would meet at each product.
 """
 
+from copy import copy
 from functools import partial
 from itertools import pairwise
 from queue import SimpleQueue
@@ -13,14 +13,14 @@ import numpy as np
 
 from fast.threads import Stopped, run
 
-MIN_ROWS = 256  # for each thread; with fewer, each reading all weights takes longer than adding up
+MIN_ROWS = 75  # for each thread; with fewer, each reading all weights takes longer than meeting at each product
 
 
 class Part:
     """The cache as it is for some of the new tokens, which go through the layers beside those of `before`."""
 
     def __init__(self, cache, rows: slice, before: "Part | None"):
-        self.cache, self.seen = cache.share(slice(None)), cache.share(slice(None))
+        self.cache, self.seen = copy(cache), copy(cache)
         self.cache.advance(rows.start)
         self.seen.advance(rows.stop)
         self.n_head, self.d_head = cache.n_head, cache.d_head

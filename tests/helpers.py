@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from checkpoints.weights import expected_shapes, nest_params
-from fast.panels import WIDTHS
-from fast.shares import Shares
+from fast.panels import row_by_row
+from fast.weights import Weights
 from gpt2 import Model
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -64,16 +64,15 @@ class Spied(Model):
 
 
 def shared_out(model, n_threads=3, way=None, is_packed=True):
-    """The same model computed as a large one, all but single rows in shares."""
+    """The same model computed as a large one, all but single rows by a team of threads."""
     model = Model(model.hparams, model.params)
-    model.passes.is_large, model.passes.shares = True, Shares(model.hparams, model.params, n_threads)
+    model.passes.is_large, model.passes.weights = True, Weights(model.params, n_threads)
     if way:
-        for ways in (model.passes.shares.ways, model.passes.shares.output_ways):
-            ways.update(dict.fromkeys(range(1, 65), way))
+        model.passes.weights.ways.update(dict.fromkeys(range(1, 65), way))
     if is_packed:
-        only = mock.patch("fast.shares.widths", lambda: {way: WIDTHS[way]})
-        with only if way in WIDTHS else contextlib.nullcontext():
-            model.passes.shares.pack()
+        without_kernel = mock.patch("fast.kernel.find", lambda: None)
+        with without_kernel if way is row_by_row else contextlib.nullcontext():
+            model.passes.weights.pack()
     return model
 
 

@@ -19,7 +19,7 @@ N_TOKENS = 20
 def tasks(request, nano):
     """Functions that each begin a text anew: two random models and an embedded one, greedy and sampled, drafted.
 
-    Small models as they are, and as large ones would be: all but single rows in shares.
+    Small models as they are, and as large ones would be: all but single rows by a team of threads.
     """
     rng = np.random.default_rng(0)
     models = random_model(n_ctx=40), random_model(n_embd=32, n_head=4, n_ctx=40, seed=1), nano[1], first_layer(nano[1])

@@ -44,7 +44,7 @@ RELATIVES = [
 def test_relatives_of_gpt2_equal_the_reference_too(settings, n_threads):
     model = whole = random_model(**settings)
     if n_threads:
-        pytest.importorskip("threadpoolctl", reason="without threadpoolctl nothing is computed in shares")
+        pytest.importorskip("threadpoolctl", reason="without threadpoolctl no pass is shared out")
         model = shared_out(whole, n_threads)
     cache = model.new_cache()
     logits = np.concatenate(

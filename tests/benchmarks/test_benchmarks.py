@@ -80,7 +80,7 @@ def test_acceptance_is_relative_to_steps_without_packed_weights(monkeypatch):
     was_packed, timed = [], simulation.timed
 
     def noted(*args):
-        was_packed.append(simulation.target.passes.shares.is_packed)
+        was_packed.append(simulation.target.passes.weights.is_packed)
         return timed(*args)
 
     monkeypatch.setattr(simulation, "timed", noted)

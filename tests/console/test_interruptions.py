@@ -15,7 +15,7 @@ from helpers import random_model, shared_out
 from processes import GPT2, SPECULATIVE, finish, read, start
 
 import fast
-from fast import panels, prompts, shares
+from fast import library, panels, prompts, weights
 from fast.threads import blas, forks
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and descriptors of POSIX")
@@ -34,8 +34,8 @@ SIGNALLING = """if True:
 """
 # The same with threads of our own for all but single rows, on however many processors.
 THREADED = """if True:
-    import fast, fast.shares
-    fast.MIN_BYTES, fast.count_threads, fast.shares.MIN_GAIN = 1, lambda: 3, 1e9
+    import fast, fast.weights
+    fast.MIN_BYTES, fast.count_threads, fast.weights.MIN_GAIN = 1, lambda: 3, 1e9
     import sys, {module}
     from console import command
     command.run({module}.main)
@@ -116,7 +116,7 @@ def test_threads_never_outlive_the_program(module, number):
 # Ctrl-C at every line of what shares work between threads
 # ----------------------------------------------------------------------------------------------------------------------
 
-TRACED = {module.__file__ for module in (fast, fast.threads, panels, prompts, shares)}
+TRACED = {module.__file__ for module in (fast, library, fast.threads, panels, prompts, weights)}
 
 
 def interrupted_at(n, action) -> bool:
@@ -148,7 +148,7 @@ def interrupted_at(n, action) -> bool:
     return n_seen >= n
 
 
-@pytest.mark.parametrize("kind", ["rows in shares", "rows of a prompt", "packing", "a small model"])
+@pytest.mark.parametrize("kind", ["few rows", "rows of a prompt", "packing", "a small model"])
 def test_an_interrupt_at_any_line_leaves_nothing_stuck_locked_or_bound(kind, monkeypatch):
     small = random_model(n_layer=2, n_ctx=20)
     ids = [[3, 1, 4, 1]]
@@ -165,13 +165,13 @@ def test_an_interrupt_at_any_line_leaves_nothing_stuck_locked_or_bound(kind, mon
         while is_interrupted:
             if kind == "packing":
                 model = shared_out(small, is_packed=False)
-            action = model.passes.shares.pack if kind == "packing" else partial(model.forward, ids, cache)
+            action = model.passes.weights.pack if kind == "packing" else partial(model.forward, ids, cache)
             is_interrupted = interrupted_at(n_lines + 1, action)
             n_lines += is_interrupted
-            is_held = bool(blas.holders or forks.passing or model.passes.shares.lock.locked() or blas.lock.locked())
+            is_held = bool(blas.holders or forks.passing or model.passes.weights.lock.locked() or blas.lock.locked())
             untidy.extend([n_lines] * is_held)  # by the lines that would have tidied up; the next pass does
             if kind == "packing":
-                model.passes.shares.pack()
+                model.passes.weights.pack()
             cache.length = 0
             if not np.allclose(model.forward(ids, cache), expected, atol=1e-4):
                 wrong.append(n_lines)

@@ -9,6 +9,7 @@ import pytest
 from helpers import random_model, shared_out
 
 from fast import kernel
+from fast.panels import Matrix, panels_shape, streamed
 from fast.threads import blas
 
 pytest.importorskip("threadpoolctl", reason="without threadpoolctl NumPy's BLAS is not looked for")
@@ -55,9 +56,12 @@ def test_it_adds_the_product_and_touches_nothing_else(n_rows, n_columns, depth):
 
 @found_only
 def test_numbers_that_are_not_finite_stay_in_their_row_and_column():
-    x, panels = np.ones((3, 8), np.float32), np.ones((1, 2, 8, 4), np.float32)
-    x[1, 2], panels[0, 1, 5, 3] = np.inf, np.nan
-    y = kernel.times(kernel.find(), x, panels)
+    x, w = np.ones((3, 8), np.float32), np.ones((8, 8), np.float32)
+    x[1, 2], w[5, 7] = np.inf, np.nan
+    matrix = Matrix(w, {}, 1)
+    matrix.use(np.empty(panels_shape(w), np.float32))
+    matrix.fill(matrix.parts[0])
+    y = streamed(x, matrix)
     assert np.isinf(y[1, :7]).all() and np.isnan(y[:, 7]).all() and (y[::2, :7] == 8).all()
 
 
@@ -97,6 +101,6 @@ def test_without_the_kernel_other_panels_are_used(monkeypatch):
     monkeypatch.setattr(kernel, "find", lambda: None)
     whole = random_model(n_ctx=40)
     model, ids = shared_out(whole), [list(range(9))]
-    assert model.passes.shares.width != kernel.WIDTH
+    assert all(part.panels.shape[3] != kernel.WIDTH for part in model.passes.weights.matrices[0].parts)
     expected = whole.forward(ids, whole.new_cache(), n_last=9)
     np.testing.assert_allclose(model.forward(ids, model.new_cache(), n_last=9), expected, rtol=0, atol=1e-4)

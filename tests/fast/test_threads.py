@@ -2,13 +2,14 @@ import os
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import random_model, run, shared_out
 
 from fast import threads
-from fast.threads import Stopped, blas, crews
+from fast.threads import Stopped, blas, crews, team
 
 
 def n_blas():
@@ -157,35 +158,104 @@ def test_a_limit_that_is_none_is_ignored(monkeypatch, limit):
     assert threads.count_threads() == len(threads.CORES)
 
 
-def test_threads_that_take_turns_run_one_at_a_time():
-    lock, n_running, largest = threading.Lock(), 0, 0
-
-    def count():
-        nonlocal n_running, largest
-        for _ in range(50):
-            n_running += 1
-            largest = max(largest, n_running)
-            time.sleep(1e-4)  # leaves the GIL to the others, but not the turn
-            n_running -= 1
-            with threads.others_turn:
-                meeting.wait(60)  # all are here at once
-
-    meeting = threading.Barrier(3)
-    threads.run([lambda: threads.in_turn(lock, count)] * 3, meeting.abort)
-    assert largest == 1 and not lock.locked() and threads.others_turn.lock is None
+# ----------------------------------------------------------------------------------------------------------------------
+# A team
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_turn_ends_with_an_error():
-    lock = threading.Lock()
+def in_team(work, n_helpers=2):
+    return threads.run([work], n_helpers=n_helpers)[0]
 
-    def fail():
-        with threads.others_turn:
-            assert not lock.locked()
-            raise ZeroDivisionError
 
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError):
-            threads.run([lambda: threads.in_turn(lock, fail)])
-        assert not lock.locked()
-    with threads.others_turn:  # a thread that takes no turns
-        pass
+def test_a_team_computes_its_works_at_once_each_on_its_own_thread():
+    together = threading.Barrier(3)
+
+    def work():
+        idents = []
+        for _ in range(100):  # one after another, as the products of a pass
+            team.run([lambda: (together.wait(60), idents.append(threading.get_ident()))] * 3)
+        return idents
+
+    idents = in_team(work)
+    assert len(idents) == 300 and len(set(idents)) == 3 and not team.helpers
+
+
+def test_more_works_than_threads_and_works_within_works_are_all_done():
+    def work(n_helpers):
+        done = []
+        team.run([lambda i=i: team.run([lambda: done.append(i)] * 2) for i in range(5)])
+        assert sorted(done) == sorted([*range(5)] * 2) and len(team.helpers) == n_helpers
+
+    for n_helpers in (0, 1, 2, 7):
+        in_team(lambda n=n_helpers: work(n), n_helpers)
+    work(0)  # on a thread without a team
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_an_error_of_a_helper_arrives_when_all_others_are_done(failing, error):
+    done = []
+
+    def part(i):
+        if i == failing:
+            raise error(i)
+        time.sleep(0.01)
+        done.append(i)
+
+    def work():
+        team.run([lambda i=i: part(i) for i in range(3)])
+
+    n_crews = len(crews)
+    with pytest.raises(error):
+        in_team(work)
+    assert sorted(done) == sorted({0, 1, 2} - {failing}) and len(crews) == max(0, n_crews - 1) and not blas.holders
+    assert in_team(lambda: team.run([int] * 3)) is None
+
+
+def test_an_interrupted_pass_ends_at_its_next_product(monkeypatch):
+    began, n_products, start = threading.Event(), 0, threads.Worker.start
+
+    def product():
+        nonlocal n_products
+        n_products += 1
+        began.set()
+        time.sleep(0.001)
+
+    def work():
+        while True:
+            team.run([product] * 2)
+
+    def wait():
+        began.wait(60)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(threads.Worker, "start", lambda self, work: start(self, work) and SimpleNamespace(get=wait))
+        in_team(work, 0)
+    n_before = n_products
+    time.sleep(0.01)
+    assert n_products == n_before > 0
+
+
+def test_helpers_warn_as_their_caller_does():
+    x, warned = np.full(1000, np.inf, np.float32), []
+
+    def part():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            x - x
+        warned.append(bool(caught))
+
+    with np.errstate(invalid="ignore"):
+        in_team(lambda: [team.run([int, part]) for _ in range(3)])
+    assert warned == [False] * 3
+
+
+@pytest.mark.parametrize("n", [7, 25, 61, 3072, 50257])
+@pytest.mark.parametrize("n_parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [1, 64])
+def test_cuts_cover_everything_once_as_equally_as_can_be(n, n_parts, size):
+    parts = threads.cut(n, n_parts, size)
+    assert len(parts) == n_parts and [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
+    sizes = [part.stop - part.start for part in parts]
+    assert max(sizes) - min(sizes) <= 2 * size

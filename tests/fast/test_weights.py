@@ -1,29 +1,28 @@
-"""Layers computed in shares of their heads and hidden units: the same numbers, and when weights are packed for that."""
+"""Passes by a team of threads: the same numbers, and when weights are packed for them."""
 
 import gc
 import re
-import threading
 import weakref
 
 import numpy as np
 import pytest
 from helpers import random_model, shared_out
 
-import fast.shares
+import fast.weights
 import gpt2
 from console.stats import n_bytes
 from fast import kernel
-from fast.panels import WIDTHS, as_it_lies, streamed, ways
-from fast.shares import MIN_GAIN, TYPICAL_STEPS, Meeting, Shares, cut
-from fast.threads import Stopped, blas, crews
+from fast.panels import as_it_lies, in_panels, row_by_row, streamed
+from fast.threads import blas
+from fast.weights import MIN_GAIN, TYPICAL_STEPS, Weights
 
-pytest.importorskip("threadpoolctl", reason="without threadpoolctl nothing is computed in shares")
+pytest.importorskip("threadpoolctl", reason="without threadpoolctl no pass is shared out")
 IDS = np.random.default_rng(0).integers(61, size=(3, 40))
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("n_batch", [1, 3])
-def test_shares_add_up_to_the_whole(n_threads, n_batch):
+def test_a_team_gives_what_one_thread_gives(n_threads, n_batch):
     """Also with more threads than heads, a vocabulary of 61 and hidden units that no width divides."""
     whole = random_model(n_embd=30, n_head=3, n_ctx=40)
     model = shared_out(whole, n_threads)
@@ -66,7 +65,7 @@ def test_memory_of_a_cache_is_free_when_the_cache_is(n_new):
         gc.enable()
 
 
-@pytest.mark.parametrize("way", [*WIDTHS, as_it_lies], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [streamed, row_by_row, as_it_lies], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("n_new", [2, 3, 5, 8, 16])
 def test_the_model_gives_the_same_logits_whichever_way(way, n_new):
     if way is streamed and not kernel.find():
@@ -79,47 +78,42 @@ def test_the_model_gives_the_same_logits_whichever_way(way, n_new):
     np.testing.assert_allclose(model.forward(IDS[:1, 10 : 10 + n_new], cache, n_new), expected, rtol=0, atol=1e-4)
 
 
-def test_layers_and_the_output_have_the_way_that_is_fastest_for_each(monkeypatch):
-    model = shared_out(random_model(n_ctx=200), 2)
-    shares, n_timed = model.passes.shares, []
-    in_panels, *_, plain = ways(shares.width)
+@pytest.mark.parametrize("are_panels_faster", [False, True])
+def test_each_number_of_rows_has_the_way_that_is_faster(monkeypatch, are_panels_faster):
+    model, n_timed = shared_out(random_model(n_ctx=200), 2), []
 
     def seconds(way, n_rows, matrices):
         n_timed.append(n_rows)
-        return float(way is not (in_panels if len(matrices) == 1 else plain))
+        return float((way is as_it_lies) == are_panels_faster)
 
-    monkeypatch.setattr(fast.shares, "seconds", seconds)
+    monkeypatch.setattr(fast.weights, "seconds", seconds)
     cache = model.new_cache()
     for n_new in (5, 5, 9, 16, 33, 40, 48, 47):
         model.forward(IDS.reshape(1, -1)[:, :n_new], cache, n_last=n_new)
-        assert (shares.output_ways[n_new], shares.ways[n_new]) == (in_panels, plain)
+        assert model.passes.weights.ways[n_new] is (in_panels() if are_panels_faster else as_it_lies)
         cache.length = 0
-    assert sorted(set(n_timed)) == [5, 16, 40, 48] and len(n_timed) == 4 * 2 * 2 * 5 * len(ways(shares.width))
+    assert sorted(set(n_timed)) == [5, 16, 40, 48] and len(n_timed) == 4 * 2 * fast.weights.N_TIMINGS
 
 
-@pytest.mark.parametrize("n", [7, 25, 61, 3072, 50257])
-@pytest.mark.parametrize("n_parts", [1, 2, 3, 7])
-@pytest.mark.parametrize("size", [1, 64])
-def test_cuts_cover_everything_once_as_equally_as_can_be(n, n_parts, size):
-    parts = cut(n, n_parts, size)
-    assert len(parts) == n_parts and [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
-    sizes = [part.stop - part.start for part in parts]
-    assert max(sizes) - min(sizes) <= 2 * size
+def test_loading_a_model_does_not_look_for_the_kernel(monkeypatch):
+    """That reads NumPy's library; a model is ready in milliseconds."""
+    monkeypatch.setattr(kernel, "find", None)
+    model = shared_out(random_model(n_ctx=40), is_packed=False)
+    model.forward([[1, 2, 3]], model.new_cache())
 
 
 def test_single_rows_use_panels_where_there_are_some_unless_asked_otherwise(monkeypatch):
     whole, model = random_model(n_ctx=40), shared_out(random_model(n_ctx=40), is_packed=False)
-    rows_in_shares = []
-    prepare = Shares.prepare
+    prepared, prepare = [], Weights.prepare
     monkeypatch.setattr(
-        Shares, "prepare", lambda self, counts, c: (rows_in_shares.append(counts), prepare(self, counts, c))
+        Weights, "prepare", lambda self, counts, cache: (prepared.append(counts), prepare(self, counts, cache))
     )
     expected = whole.forward([[7]], whole.new_cache())
     assert np.array_equal(model.forward([[7]], model.new_cache()), expected) and model.passes.are_plain(1)
-    model.passes.shares.pack()
+    model.passes.weights.pack()
     np.testing.assert_allclose(model.forward([[7]], model.new_cache()), expected, rtol=0, atol=1e-4)
-    assert rows_in_shares == [{1}] and not model.passes.are_plain(1) and not whole.passes.are_plain(2)
-    assert np.array_equal(model.forward([[7]], model.new_cache(), plainly=True), expected) and rows_in_shares == [{1}]
+    assert prepared == [{1}] and not model.passes.are_plain(1) and not whole.passes.are_plain(2)
+    assert np.array_equal(model.forward([[7]], model.new_cache(), plainly=True), expected) and prepared == [{1}]
 
 
 def test_near_ties_of_single_rows_in_panels_are_settled_by_a_plain_pass(monkeypatch):
@@ -149,30 +143,30 @@ def large():
 @pytest.fixture
 def cheap(monkeypatch):
     """Packing takes as long as two steps."""
-    times = {fast.shares.seconds_to_fill: 2.0, fast.shares.seconds: 1.0}
+    times = {fast.weights.seconds_to_fill: 2.0, fast.weights.seconds: 1.0}
     for function, seconds in times.items():
         monkeypatch.setattr(
-            fast.shares, function.__name__, lambda *args, f=function, seconds=seconds: (f(*args), seconds)[1]
+            fast.weights, function.__name__, lambda *args, f=function, seconds=seconds: (f(*args), seconds)[1]
         )
 
 
 def is_packed(model):
-    return model.passes.shares.is_packed
+    return model.passes.weights.is_packed
 
 
 def test_panels_change_no_logits_by_more_than_rounding(large):
     caches, ids = [large.new_cache() for _ in range(2)], [[1, 2, 3]]
     before = large.forward(ids, caches[0], 3)
-    large.passes.shares.pack()
+    large.passes.weights.pack()
     np.testing.assert_allclose(large.forward(ids, caches[1], 3), before, rtol=0, atol=1e-4)
 
 
 def test_the_first_tokens_do_not_wait_for_packing(large, cheap):
     cache = large.new_cache()
     large.forward([[1, 2, 3]], cache)
-    assert not is_packed(large) and "no steps of several rows" in large.passes.shares.report
+    assert not is_packed(large) and "no steps of several rows" in large.passes.weights.report
     large.forward([[1, 2]], cache)
-    assert is_packed(large) and re.fullmatch(r"0\.000 GB, packed in \d\.\d{3} s", large.passes.shares.report)
+    assert is_packed(large) and re.fullmatch(r"0\.000 GB, packed in \d\.\d{3} s", large.passes.weights.report)
     large.forward([[1]], large.new_cache())
 
 
@@ -194,12 +188,12 @@ def test_a_text_that_is_too_short_packs_nothing(large, cheap, n_batch):
 
 
 def test_packing_is_given_up_where_it_takes_too_long(large, monkeypatch):
-    monkeypatch.setattr(fast.shares, "seconds_to_fill", lambda matrices: 60.0)
-    monkeypatch.setattr(fast.shares, "seconds", lambda way, n_rows, matrices: 1.0)
+    monkeypatch.setattr(fast.weights, "seconds_to_fill", lambda matrices, i: 60.0)
+    monkeypatch.setattr(fast.weights, "seconds", lambda way, n_rows, matrices: 1.0)
     cache = large.new_cache(n_seq=103)
     large.forward([[1, 2, 3]], cache)
     large.forward([[1, 2]], cache)
-    assert not is_packed(large) and "take 60 steps to pack and 100 tokens were to come" in large.passes.shares.report
+    assert not is_packed(large) and "take 60 steps to pack and 100 tokens were to come" in large.passes.weights.report
     assert not large.passes.few_rows_pay(119) and large.passes.few_rows_pay(120)
 
 
@@ -207,17 +201,17 @@ def test_packing_is_given_up_where_it_takes_too_long(large, monkeypatch):
 def test_panels_that_do_not_fit_are_left_out(large, cheap, monkeypatch, is_refused):
     expected = random_model(n_ctx=200).forward([[1, 2]], random_model(n_ctx=200).new_cache())
     if is_refused:
-        monkeypatch.setattr(fast.shares, "available_bytes", lambda: 1e30)
-        memory_for = large.passes.shares.memory_for
-        monkeypatch.setattr(large.passes.shares, "memory_for", lambda n: memory_for(1 << 60))
+        monkeypatch.setattr(fast.weights, "available_bytes", lambda: 1e30)
+        memory_for = large.passes.weights.memory_for
+        monkeypatch.setattr(large.passes.weights, "memory_for", lambda n: memory_for(1 << 60))
     else:
-        monkeypatch.setattr(fast.shares, "available_bytes", lambda: n_bytes(large.params))
+        monkeypatch.setattr(fast.weights, "available_bytes", lambda: n_bytes(large.params))
     cache = large.new_cache()
     for _ in range(2):
         cache.length = 0
         large.forward([[1, 2, 3]], cache)
         large.forward([[1, 2]], cache)
-    assert not is_packed(large) and "do not fit in" in large.passes.shares.report
+    assert not is_packed(large) and "do not fit in" in large.passes.weights.report
     assert large.passes.few_rows_pay(1)  # as far as that is known; what pays is measured then
     np.testing.assert_allclose(large.forward([[1, 2]], large.new_cache()), expected, atol=1e-4)
 
@@ -235,7 +229,7 @@ def test_without_threadpoolctl_products_are_plain(cheap, monkeypatch):
     np.testing.assert_allclose(large.forward([[7]], cache), expected, rtol=0, atol=1e-4)
 
 
-def test_a_cache_that_looks_is_not_divided():
+def test_a_cache_that_looks_sees_the_same():
     from analysis.inside import look_inside
 
     model = random_model(n_ctx=40)
@@ -243,57 +237,7 @@ def test_a_cache_that_looks_is_not_divided():
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Threads that wait for each other
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_meeting_adds_the_same_in_every_thread():
-    meeting, rng = Meeting(3), np.random.default_rng(0)
-    x, totals = rng.standard_normal((50, 3, 8), np.float32), [[], [], []]
-
-    def add(me):
-        for parts in x:
-            totals[me].append(meeting.total(me, parts[me]))
-
-    threads = [threading.Thread(target=add, args=[me], daemon=True) for me in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert np.array_equal(totals[0], totals[1]) and np.array_equal(totals[0], totals[2])
-    np.testing.assert_allclose(totals[0], x.sum(1), rtol=0, atol=1e-5)
-
-
-def test_nobody_waits_where_a_meeting_was_stopped():
-    meeting = Meeting(2)
-    meeting.stop()
-    with pytest.raises(Stopped):
-        meeting.total(0, np.zeros(3))
-
-
-@pytest.mark.parametrize("failing", [0, 1, 2])
-@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
-def test_a_share_that_fails_stops_the_others_and_its_error_arrives(monkeypatch, failing, error):
-    model, store = shared_out(random_model(n_ctx=40)), gpt2.KVCache.append
-    cache = model.new_cache()
-    model.forward([[1, 2, 3]], cache)
-
-    def fail(self, layer, kv):
-        if layer == 1 and self.kv.ctypes.data == cache.kv[:, :, :, failing].ctypes.data:
-            raise error
-        return store(self, layer, kv)
-
-    monkeypatch.setattr(gpt2.KVCache, "append", fail)
-    n_crews = len(crews)
-    with pytest.raises(error):
-        model.forward([[4, 5]], cache)
-    assert cache.length == 3 and not blas.holders and len(crews) == max(0, n_crews - 1)
-    monkeypatch.setattr(gpt2.KVCache, "append", store)
-    model.forward([[4, 5]], cache)
-    assert cache.length == 5
-
-
 def test_a_whole_model_is_packed_into_one_piece_of_memory(large):
-    large.passes.shares.pack()
-    assert len({id(matrix.panels.base) for share in large.passes.shares.matrices for matrix in share}) == 1
+    large.passes.weights.pack()
+    bases = {id(part.panels.base) for matrix in large.passes.weights.matrices for part in matrix.parts}
+    assert len(bases) == 1

@@ -1,0 +1,120 @@
+"""A model's weights as passes of several rows read them: as they lie, and copied into panels once that pays."""
+
+import contextlib
+import math
+import sys
+import threading
+import time
+from functools import partial
+from itertools import cycle
+
+import numpy as np
+
+from fast.memory import available_bytes
+from fast.panels import Matrix, as_it_lies, in_panels, panels_shape, seconds, seconds_to_fill
+from fast.threads import run
+
+PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
+MAX_FEW = 64  # rows for which panels can be faster than the weights as they lie
+MANY = 8  # rows; of more, only multiples are timed
+N_TIMINGS = 5  # of each way
+TRIAL_BYTES = 1 << 27  # packed first, to see how long it takes: more than caches hold
+TYPICAL_STEPS = 8  # of one row, as long as packing takes; 50 and more in memory new to a virtual machine
+MIN_GAIN = 0.5  # steps of one row that packed weights save for each token, at least
+
+
+def output_matrix(params):  # -> [n_embd, n_vocab]
+    return params.get("lm_head", params["wte"].T)
+
+
+class Weights:
+    """`params` are those of the model with each matrix a Matrix, of which each of n_threads has columns."""
+
+    def __init__(self, params: dict, n_threads: int):
+        self.n_threads = n_threads
+        self.ways: dict = {}  # by the number of rows; as they lie, where there is none
+        self.matrices: list[Matrix] = []  # four of each layer, then the output's
+        blocks = [self.with_matrices(block) for block in params["blocks"]]
+        self.params = params | {"blocks": blocks, "lm_head": self.matrix(output_matrix(params))}
+        self.n_bytes = sum(matrix.w.nbytes for matrix in self.matrices)
+        self.layers = cycle([slice(4 * i, 4 * i + 4) for i in range(len(blocks))])  # of `matrices`
+        self.lock = threading.Lock()
+        self.is_packed, self.has_room = False, True
+        self.steps_to_pack = TYPICAL_STEPS  # what packing takes, in steps of one row
+        self.report = "none, there were no steps of several rows"  # for --stats: what is packed, or why nothing is
+
+    def matrix(self, w) -> Matrix:
+        self.matrices.append(Matrix(w, self.ways, self.n_threads))
+        return self.matrices[-1]
+
+    def with_matrices(self, block: dict) -> dict:
+        block = block | {part: dict(block[part]) for part in ("attn", "mlp")}
+        for part, name in PRODUCTS:
+            block[part][name] = block[part][name] | {"w": self.matrix(block[part][name]["w"])}
+        return block
+
+    def prepare(self, row_counts: set[int], cache) -> None:
+        """Before a pass of few rows: pack the weights if the cache has room for enough tokens, choose products.
+
+        Packing waits for the first tokens, which it would delay.
+        """
+        n_left = cache.n_ctx - cache.length
+        if not self.is_packed and cache.length and self.has_room and self.pay(n_left):
+            with self.lock: self.pack(n_left)  # fmt: skip  # noqa: E701  # one line: see Blas.held
+        if self.is_packed:
+            for n_rows in row_counts - self.ways.keys():
+                self.choose(n_rows)
+
+    def pay(self, n_left: int) -> bool:
+        """Whether the weights are packed, or n_left tokens to come earn back the time of packing."""
+        return self.is_packed or self.steps_to_pack <= MIN_GAIN * n_left
+
+    def choose(self, n_rows: int) -> None:
+        """Time both ways for n_rows rows, or for the multiple of MANY that comes next, each on layers in no cache."""
+        n_timed = n_rows if n_rows < MANY else -(-n_rows // MANY) * MANY
+        if n_timed not in self.ways:
+            times: dict = {in_panels(): [], as_it_lies: []}
+            for way in [*times] * N_TIMINGS:
+                times[way].append(self.in_team(partial(seconds, way, n_timed, self.matrices[next(self.layers)])))
+            self.ways[n_timed] = min(times, key=lambda way: np.median(times[way]))
+        self.ways[n_rows] = self.ways[n_timed]
+
+    def in_team(self, work):
+        """What work() returns, on a thread that the others help."""
+        return run([work], n_helpers=self.n_threads - 1)[0]
+
+    def fill(self, matrices: list[Matrix]) -> float:
+        """Copy these into their panels; the time it takes in seconds."""
+        return max(run([partial(seconds_to_fill, matrices, i) for i in range(self.n_threads)]))
+
+    def memory_for(self, n: int) -> np.ndarray | None:
+        """Memory for n numbers in one piece, hence in large pages; None if they do not fit."""
+        n_gb, available_gb = 4 * n / 1e9, available_bytes() / 1e9
+        with contextlib.suppress(MemoryError):
+            if 2 * n_gb <= available_gb:  # twice: the weights as they lie want room too, or the system drops them
+                return np.empty(n, np.float32)
+        self.has_room, self.steps_to_pack = False, 0
+        self.report = f"none, {n_gb:.1f} GB more do not fit in {available_gb:.1f} GB beside the weights"
+        return None
+
+    def pack(self, n_left: int = sys.maxsize) -> None:
+        if self.is_packed:  # by another thread meanwhile
+            return
+        started, shapes = time.perf_counter(), [panels_shape(matrix.w) for matrix in self.matrices]
+        sizes = [math.prod(shape) for shape in shapes]
+        if (memory := self.memory_for(sum(sizes))) is None:
+            return
+        pieces = np.split(memory, np.cumsum(sizes)[:-1])
+        for matrix, piece, shape in zip(self.matrices, pieces, shapes, strict=True):
+            matrix.use(piece.reshape(shape))
+        n_trial = len(PRODUCTS) * math.ceil(TRIAL_BYTES * len(self.params["blocks"]) / memory.nbytes)
+        trial, rest = self.matrices[:n_trial], self.matrices[n_trial:]
+        self.steps_to_pack = self.fill(trial) / self.in_team(partial(seconds, in_panels(), 1, trial))
+        if not self.pay(n_left):
+            for matrix in self.matrices:
+                matrix.parts.clear()
+            self.report = f"none, they take {self.steps_to_pack:.0f} steps to pack and {n_left} tokens were to come"
+            return
+        self.fill(rest)
+        self.is_packed = True
+        self.report = f"{memory.nbytes / 1e9:.3f} GB, packed in {time.perf_counter() - started:.3f} s"
