@@ -76,7 +76,7 @@ class Simulation:
     def unpack(self) -> None:
         """Forget the packed weights, and what was measured about packing them."""
         for model in (self.target, self.draft):
-            model.passes = type(model.passes)(model.hparams, model.params)
+            model.passes = type(model.passes)(model.params)
 
     def pack(self) -> None:
         for model in (self.target, self.draft):
