@@ -108,7 +108,7 @@ def as_it_lies(x, matrix):  # as streamed; for so many rows that packing pays
     return out
 
 
-def in_panels():
+def way_in_panels():
     """The way to use panels here."""
     return streamed if kernel.find() else row_by_row
 

@@ -11,12 +11,12 @@ from itertools import cycle
 import numpy as np
 
 from fast.memory import available_bytes
-from fast.panels import Matrix, as_it_lies, in_panels, panels_shape, seconds, seconds_to_fill
+from fast.panels import Matrix, as_it_lies, panels_shape, seconds, seconds_to_fill, way_in_panels
 from fast.threads import run
 
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
 MAX_FEW = 64  # rows for which panels can be faster than the weights as they lie
-MANY = 8  # rows; of more, only multiples are timed
+MANY = 8  # rows; up to so many panels are faster; of more, only multiples are timed
 N_TIMINGS = 5  # of each way
 TRIAL_BYTES = 1 << 27  # packed first, to see how long it takes: more than caches hold
 TYPICAL_STEPS = 8  # of one row, as long as packing takes; 50 and more in memory new to a virtual machine
@@ -70,11 +70,13 @@ class Weights:
         return self.is_packed or self.steps_to_pack <= MIN_GAIN * n_left
 
     def choose(self, n_rows: int) -> None:
-        """Time both ways for n_rows rows, or for the multiple of MANY that comes next, each on layers in no cache."""
-        n_timed = n_rows if n_rows < MANY else -(-n_rows // MANY) * MANY
+        """Panels for few rows; for more than MANY what is faster for the multiple of MANY that comes next."""
+        n_timed = -(-n_rows // MANY) * MANY
+        if n_timed == MANY:
+            self.ways[n_timed] = way_in_panels()
         if n_timed not in self.ways:
-            times: dict = {in_panels(): [], as_it_lies: []}
-            for way in [*times] * N_TIMINGS:
+            times: dict = {way_in_panels(): [], as_it_lies: []}
+            for way in [*times] * N_TIMINGS:  # each on a layer that is in no cache
                 times[way].append(self.in_team(partial(seconds, way, n_timed, self.matrices[next(self.layers)])))
             self.ways[n_timed] = min(times, key=lambda way: np.median(times[way]))
         self.ways[n_rows] = self.ways[n_timed]
@@ -109,7 +111,7 @@ class Weights:
             matrix.use(piece.reshape(shape))
         n_trial = len(PRODUCTS) * math.ceil(TRIAL_BYTES * len(self.params["blocks"]) / memory.nbytes)
         trial, rest = self.matrices[:n_trial], self.matrices[n_trial:]
-        self.steps_to_pack = self.fill(trial) / self.in_team(partial(seconds, in_panels(), 1, trial))
+        self.steps_to_pack = self.fill(trial) / self.in_team(partial(seconds, way_in_panels(), 1, trial))
         if not self.pay(n_left):
             for matrix in self.matrices:
                 matrix.parts.clear()
