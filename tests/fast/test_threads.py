@@ -121,19 +121,20 @@ def test_the_last_of_several_passes_lets_blas_go():
     assert n_blas() == before
 
 
+def warns() -> bool:
+    """Whether NumPy warns here of a difference that is not a number."""
+    x = np.full(1000, np.inf, np.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x - x
+    return bool(caught)
+
+
 def test_threads_warn_as_their_caller_does():
     """Weights that are NaN are reported in one line, not by warnings of the threads that meet them first."""
-    x, warned = np.full(8, np.inf, np.float32), []
-
-    def work():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            x - x
-        warned.append(bool(caught))
-
     with np.errstate(invalid="ignore"):
-        threads.run([work])
-    assert warned == [False]
+        assert threads.run([warns]) == [False]
+    assert threads.run([warns]) == [True]
 
 
 def test_a_sandbox_that_binds_no_threads_is_no_error():
@@ -238,16 +239,9 @@ def test_an_interrupted_pass_ends_at_its_next_product(monkeypatch):
 
 
 def test_helpers_warn_as_their_caller_does():
-    x, warned = np.full(1000, np.inf, np.float32), []
-
-    def part():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            x - x
-        warned.append(bool(caught))
-
+    warned = []
     with np.errstate(invalid="ignore"):
-        in_team(lambda: [team.run([int, part]) for _ in range(3)])
+        in_team(lambda: [team.run([int, lambda: warned.append(warns())]) for _ in range(3)])
     assert warned == [False] * 3
 
 

@@ -13,7 +13,7 @@ import gpt2
 from console.stats import n_bytes
 from fast import kernel
 from fast.panels import as_it_lies, row_by_row, streamed, way_in_panels
-from fast.threads import blas
+from fast.threads import blas, crews
 from fast.weights import MIN_GAIN, TYPICAL_STEPS, Weights
 
 pytest.importorskip("threadpoolctl", reason="without threadpoolctl no pass is shared out")
@@ -236,6 +236,27 @@ def test_a_cache_that_looks_sees_the_same():
     model = random_model(n_ctx=40)
     for expected, got in zip(look_inside(model, [1, 2, 3]), look_inside(shared_out(model), [1, 2, 3]), strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_pass_that_fails_leaves_the_cache_as_it_was(monkeypatch, error):
+    model, store = shared_out(random_model(n_ctx=40)), gpt2.KVCache.append
+    cache = model.new_cache()
+    model.forward([[1, 2, 3]], cache)
+
+    def fail(self, layer, kv):
+        if layer == 1:
+            raise error
+        return store(self, layer, kv)
+
+    monkeypatch.setattr(gpt2.KVCache, "append", fail)
+    n_crews = len(crews)
+    with pytest.raises(error):
+        model.forward([[4, 5]], cache)
+    assert cache.length == 3 and not blas.holders and len(crews) == max(0, n_crews - 1)
+    monkeypatch.setattr(gpt2.KVCache, "append", store)
+    model.forward([[4, 5]], cache)
+    assert cache.length == 5
 
 
 def test_a_whole_model_is_packed_into_one_piece_of_memory(large):
