@@ -103,7 +103,7 @@ def row_actions(model: gpt2.Model, draft: gpt2.Model, position: int) -> dict:
     model.forward([ids[:position]], cache)
     draft.forward([ids[:1]], draft_cache)
     for each in (model, draft):
-        each.passes.weights.pack()
+        each.passes.pack()
 
     def step(n, forward=model.forward):
         cache.length = position
@@ -180,7 +180,7 @@ def batch(model_size: str = "random:124M", models_dir: str | None = None, *, n_t
     """
     model = load_or_random(model_size, models_dir)
     plain = gpt2.Model(model.hparams, model.params)
-    model.passes.weights.pack()
+    model.passes.pack()
     ids = random_ids(model, 20 * max(PROMPT_COUNTS))
     prompts = [ids[20 * i : 20 * i + 5 + 7 * i % 16] for i in range(max(PROMPT_COUNTS))]
     texts = {}

@@ -80,7 +80,7 @@ class Simulation:
 
     def pack(self) -> None:
         for model in (self.target, self.draft):
-            model.passes.weights.pack()
+            model.passes.pack()
 
     def with_length(self, n, n_tokens, step, seed) -> Measured:
         """Rounds of n guesses, with packed weights; `step` is the seconds of a plain one."""

@@ -3,15 +3,14 @@
 What is computed is in gpt2.py alone. Here is decided which thread computes what, and in what order weights lie.
 """
 
-from functools import partial
-
 import numpy as np
 
 from fast.activations import ACTIVATIONS
 from fast.arrays import N_TEXTS, elementwise, mean, row_sums, take_rows, tiled, times_transposed
 from fast.memory import check_memory, keep_freed_memory, room
 from fast.prompts import are_long, in_rows
-from fast.threads import blas, count_threads, forks
+from fast.server import find
+from fast.threads import blas, count_threads, forks, team
 from fast.weights import MAX_FEW, Weights, output_matrix
 
 if not hasattr(np, "vecdot"):
@@ -22,21 +21,28 @@ MIN_BYTES = 1 << 26  # of weights; smaller models, as the embedded ones, are in 
 
 
 class Passes:
-    """How a model's passes are computed: by a team of our threads, or one row with plain products on BLAS's."""
+    """How a model's passes are computed: by a team of threads, or one row with plain products."""
 
     def __init__(self, params: dict):
         keep_freed_memory()
-        self.weights = Weights(params, count_threads())
+        self.weights = Weights(params)
         self.is_large = self.weights.n_bytes >= MIN_BYTES
         if not self.is_large:
             # BLAS packs a transpose: 5 rows of `tiny` with its vocabulary take 83 us instead of 165.
             params = params | {"lm_head": np.ascontiguousarray(output_matrix(params))}
             self.weights.report = "none, the model is small"
         self.params = params
+        self.n_threads = count_threads()
 
     def are_plain(self, n_rows: int) -> bool:
         """Whether passes of so many rows use plain products of one row, which round alike in every process."""
-        return n_rows == 1 and not (self.is_large and self.weights.is_packed)
+        return n_rows == 1
+
+    def pack(self) -> None:
+        """Pack the weights now, if that can be."""
+        if server := find():
+            with team.of(min(self.n_threads, server.n_threads)):
+                self.weights.pack()
 
     def __call__(self, gpt2, tokens, cache, n_last, plainly):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
         """gpt2(tokens, cache, n_last, **params)"""
@@ -44,14 +50,14 @@ class Passes:
             if not self.is_large:
                 with blas.held():
                     return gpt2(tokens, cache, n_last, **self.params)
-            if plainly or self.are_plain(tokens.size) or not blas.controller:
+            if plainly or self.are_plain(tokens.size) or not (server := find()):
                 return gpt2(tokens, cache, n_last, **self.params)
-            n_threads = self.weights.n_threads
-            if are_long(tokens, cache, n_threads):
-                return in_rows(gpt2, tokens, cache, n_last, self.params, n_threads)
-            if tokens.size <= MAX_FEW:
-                self.weights.prepare({tokens.size, n_last * len(tokens)}, cache)
-            return self.weights.in_team(partial(gpt2, tokens, cache, n_last, **self.weights.params))
+            with team.of(min(self.n_threads, server.n_threads)):
+                if are_long(tokens, cache):
+                    return in_rows(gpt2, tokens, cache, n_last, self.params)
+                if tokens.size <= MAX_FEW:
+                    self.weights.prepare({tokens.size, n_last * len(tokens)}, cache)
+                return gpt2(tokens, cache, n_last, **self.weights.params)
 
     def few_rows_pay(self, n_left: int) -> bool:
         """Whether a pass of few rows can cost little more than one of a single row, with n_left tokens to come."""

@@ -48,7 +48,7 @@ def elementwise(function):
 
     @wraps(function)
     def in_pieces(x):
-        if x.size <= (N_SHARED if team.helpers else N_PIECE):
+        if x.size <= (N_SHARED if team.n_threads > 1 else N_PIECE):
             return function(x)
         flat = x.reshape(-1)
         team.run([partial(in_place, flat[part]) for part in team.cut(flat.size, 64)])
@@ -91,7 +91,9 @@ def tiled(attend):
 
     @wraps(attend)
     def in_shares(q, k, v, padding=None):
-        if not team.helpers or max(4, q.shape[-2]) * k.size < N_SHARED_PRODUCTS:  # reading the keys takes as long as 4
+        if (
+            team.n_threads == 1 or max(4, q.shape[-2]) * k.size < N_SHARED_PRODUCTS
+        ):  # reading the keys takes as long as 4
             return of_few_or_many(q, k, v, padding)
         out = np.empty_like(q)
 

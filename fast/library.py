@@ -12,7 +12,7 @@ class Blas:
     """
 
     def __init__(self):
-        self.lock, self.holders, self.n_before = threading.Lock(), set(), 0
+        self.lock, self.holders, self.n_before, self.n_spare = threading.Lock(), set(), 0, 0
 
     @cached_property
     def controller(self):
@@ -29,22 +29,29 @@ class Blas:
         getattr(self.controller, "_real_set_num_threads", self.controller.set_num_threads)(n)
 
     @contextlib.contextmanager
-    def held(self):
+    def held(self, n_used: int = 1):
+        """Within it products use one thread, while the caller hands n_used of BLAS's threads work of its own."""
         me = threading.get_ident()
         try:
             # On one line: a signal cannot come between the lines of a `with`, but the test's KeyboardInterrupt can.
-            with self.lock: self.hold(me)  # fmt: skip  # noqa: E701
+            with self.lock: self.hold(me, n_used)  # fmt: skip  # noqa: E701
             yield
-        finally:
             with self.lock: self.let_go(me)  # fmt: skip  # noqa: E701
+        except BaseException:  # not `finally`: Ctrl-C may come in the line above, too
+            with self.lock: self.let_go(me)  # fmt: skip  # noqa: E701
+            raise
 
     # In this order, an interrupt between two lines leaves BLAS's number to the thread's next pass, and never loses it.
 
-    def hold(self, me: int) -> None:
+    def hold(self, me: int, n_used: int) -> None:
         if self.controller:
             if not self.holders:
                 self.n_before = self.controller.get_num_threads()
             self.holders.add(me)
+            if self.n_spare < n_used > 1 and threading.active_count() > 1:
+                # Another thread may raise the number meanwhile. Then products of the threads in use wait for idle ones.
+                self.set(2 * max(n_used, self.n_before))  # which starts them
+                self.n_spare = n_used
             self.set(1)
 
     def let_go(self, me: int) -> None:

@@ -1,8 +1,9 @@
-"""Products of few rows at the speed of memory: weights copied once into panels that lie as they are read.
+"""Products of few rows at the speed of memory: weights copied once into panels that lie as the kernel reads them.
 
-A product of a few rows with columns of a row-major w reads short runs, a whole row apart, which the processor does not
-fetch ahead, or has BLAS copy ("pack") all of w first, which takes longer than the product. A panel [n_in, width] is
-read from front to back. Each thread of a pass has columns of its own: docs/performance.md.
+Before BLAS calls its inner kernel, it copies ("packs") both matrices of a product, and while it packs it computes
+nothing: for few rows that takes longer than the product. NumPy has no way to keep the packed copy. So it is made here,
+once, and the kernel is called on it directly (server.py): panels [depth, width] stream from memory through the kernel,
+and 8 rows take as long as one (docs/performance.md).
 """
 
 import time
@@ -11,44 +12,45 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fast import kernel
-from fast.threads import cut, team
+from fast.server import N_ROWS, WIDTH, find
+from fast.threads import N_PYTHON, cut, team
 
 N_SIDE_BY_SIDE = 3  # panels that the kernel reads at once
-ROW_BY_ROW_WIDTH = 32  # of the panels without the kernel
+MAX_DEPTH = 1600  # rows of w in a panel
 
 
 class Part(NamedTuple):
     """What one thread multiplies: these panels, [n_deep, n_panels, depth, width], hold these columns and perhaps zeros.
 
-    `pointers` are to the panels, one for each of n_deep.
+    `addresses` are those of the panels, one for each of n_deep.
     """
 
     columns: slice
     panels: np.ndarray
-    pointers: list
+    addresses: list[int]
 
 
 class Matrix:
-    """A matrix w, [n_in, n_out], so that x @ matrix is x @ w, of which each of n_threads multiplies some columns.
+    """A matrix w, [n_in, n_out], so that x @ matrix is x @ w.
 
-    `ways` has the product to use, by the number of rows; all but as_it_lies want panels, made by `use` and `fill`.
+    `ways` has the product to use, by the number of rows; `streamed` wants panels, made by `use` and `fill`.
     """
 
     __array_ufunc__ = None  # so that NumPy leaves x @ matrix to __rmatmul__
 
-    def __init__(self, w, ways: dict, n_threads: int):
-        self.w, self.ways, self.n_threads, self.shape = w, ways, n_threads, w.shape
+    def __init__(self, w, ways: dict):
+        self.w, self.ways, self.shape = w, ways, w.shape
         self.parts: list[Part] = []
 
     def __rmatmul__(self, x):  # [n_rows, n_in] -> [n_rows, n_out]
         return self.ways.get(len(x), as_it_lies)(x, self)
 
-    def use(self, panels) -> None:  # of panels_shape(w)
-        parts, width = cut(panels.shape[1], min(self.n_threads, panels.shape[1]), N_SIDE_BY_SIDE), panels.shape[3]
-        columns = [slice(part.start * width, min(part.stop * width, self.shape[1])) for part in parts]
+    def use(self, panels, n_threads: int) -> None:  # of panels_shape(w)
+        parts = cut(panels.shape[1], min(n_threads, panels.shape[1]), N_SIDE_BY_SIDE)
+        columns = [slice(part.start * WIDTH, min(part.stop * WIDTH, self.shape[1])) for part in parts]
         pieces = [panels[:, part] for part in parts]
-        self.parts = list(map(Part, columns, pieces, map(kernel.pointers, pieces)))
+        addresses = [[panel.ctypes.data for panel in piece] for piece in pieces]
+        self.parts = list(map(Part, columns, pieces, addresses))
 
     def fill(self, part: Part) -> None:
         columns, panels, _ = part
@@ -64,53 +66,48 @@ class Matrix:
             panels[:, n_whole, :, n_rest:] = 0
 
 
+def count_deep(n_in: int) -> int:
+    """Into how many pieces panels are cut: the kernel rounds after each product, so errors grow with the depth.
+
+    Less than 600 deep, panels take longer: each is a new run for the processor to fetch ahead.
+    """
+    return next((n for n in range(1, 17) if n_in % n == 0 and n_in // n <= MAX_DEPTH), 1)
+
+
 def panels_shape(w):  # [n_in, n_out] -> n_deep, n_panels, n_in / n_deep, width
-    n_deep, width = (kernel.n_deep(len(w)), kernel.WIDTH) if kernel.find() else (1, ROW_BY_ROW_WIDTH)
-    return n_deep, -(-w.shape[1] // width), len(w) // n_deep, width
+    n_deep = count_deep(len(w))
+    return n_deep, -(-w.shape[1] // WIDTH), len(w) // n_deep, WIDTH
+
+
+def side_by_side(x, n_deep):  # [n_rows, n_in] -> [n_deep, n_blocks, n_in / n_deep, 1, 2, 4 or 8]: rows, then zeros
+    n_lanes = min(N_ROWS, 1 << (len(x) - 1).bit_length())
+    if n_more := -len(x) % n_lanes:
+        x = np.concatenate([x, np.zeros((n_more, x.shape[1]), x.dtype)])
+    return np.array(x.reshape(-1, n_lanes, n_deep, x.shape[1] // n_deep).transpose(2, 0, 3, 1), order="C")
 
 
 def streamed(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]; OpenBLAS's kernel reads the panels as they lie
-    out, works = np.empty((len(x), matrix.shape[1]), np.float32), []
-    x = kernel.side_by_side(x, len(matrix.parts[0].pointers))
-    pointers, multiply = kernel.pointers(x), partial(kernel.products, kernel.find(), x.shape[2])
-    y = np.empty((-(-matrix.shape[1] // kernel.WIDTH) * kernel.WIDTH, x.shape[1] * x.shape[3]), np.float32)
-    for columns, _, panels in matrix.parts:  # all is prepared: the first that threads do then needs no GIL
-        total = y[columns.start : -(-columns.stop // kernel.WIDTH) * kernel.WIDTH]
-        works.append(partial(add_up, multiply(pointers, panels, total), total, out[:, columns]))
-    team.run(works)
-    return out
+    n_deep, _, depth, _ = matrix.parts[0].panels.shape
+    blocks = side_by_side(x, n_deep)
+    n_rows = blocks.shape[1] * blocks.shape[3]
+    y = np.zeros((-(-matrix.shape[1] // WIDTH) * WIDTH, n_rows), np.float32)
+    server, at, to = find(), blocks.ctypes.data, y.ctypes.data
+    for i in range(n_deep):
+        jobs = [
+            (part.addresses[i], WIDTH * part.panels.shape[1], to + 4 * n_rows * part.columns.start)
+            for part in matrix.parts
+        ]
+        server.multiply(at + 4 * n_rows * depth * i, n_rows, depth, jobs)
+    return np.array(y[: matrix.shape[1], : len(x)].T, order="C")
 
 
-def add_up(products, y, out):
-    y.fill(0)  # by the thread that uses it: 0.98 of the time with 64 rows
-    for product in products:
-        product()
-    out[:] = y[: out.shape[1], : len(out)].T
-
-
-def row_by_row(x, matrix):  # as streamed, without the kernel: a panel stays in the cache for all rows
-    out = np.empty((len(x), matrix.shape[1]), np.float32)
-
-    def multiply(part):
-        # Not into an array in the order of `out`: NumPy would take all panels for one row first.
-        by_panel = x[:, None] @ part.panels[0, :, None]  # [n_panels, n_rows, 1, width]
-        columns = out[:, part.columns]
-        columns[:] = by_panel.swapaxes(0, 1).reshape(len(x), -1)[:, : columns.shape[1]]
-
-    team.run([partial(multiply, part) for part in matrix.parts])
-    return out
-
-
-def as_it_lies(x, matrix):  # as streamed; for so many rows that packing pays
-    out = np.empty((len(x), matrix.shape[1]), np.float32)
-    columns = cut(matrix.shape[1], matrix.n_threads, 64)
+def as_it_lies(x, matrix):  # as streamed, of w itself; for so many rows that packing pays
+    if team.n_threads > N_PYTHON:
+        return x @ matrix.w
+    out = np.empty((len(x), matrix.shape[1]), np.float32)  # by columns: prompts of 140 tokens take 0.93 of the time
+    columns = team.cut(matrix.shape[1], 64)
     team.run([partial(np.matmul, x, matrix.w[:, some], out=out[:, some]) for some in columns])
     return out
-
-
-def way_in_panels():
-    """The way to use panels here."""
-    return streamed if kernel.find() else row_by_row
 
 
 def seconds(way, n_rows: int, matrices: list[Matrix]) -> float:

@@ -1,7 +1,7 @@
 """Long prompts, of which each thread takes some of the rows through all layers.
 
 A token sees only those before it, so all that some rows need of the others are, at each layer, the keys and values of
-the rows before. Each thread waits for those. A team (threads.py) would meet at each product.
+the rows before. Each thread waits for those, instead of for all others at each product.
 """
 
 from copy import copy
@@ -11,9 +11,9 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from fast.threads import Stopped, run
+from fast.threads import Stopped, team
 
-MIN_ROWS = 75  # for each thread; with fewer, each reading all weights takes longer than meeting at each product
+MIN_ROWS, MIN_ROWS_EACH = 150, 40  # in all and for each thread; with fewer, each reading all weights takes longer
 
 
 class Part:
@@ -42,15 +42,16 @@ def equal_work(n_new: int, n_past: int, n_embd: int, n_parts: int) -> list[slice
     return [slice(int(start), int(stop)) for start, stop in pairwise([0, *edges, n_new])]
 
 
-def are_long(tokens, cache, n_threads: int) -> bool:
+def are_long(tokens, cache) -> bool:
     """Whether each thread has enough rows. A cache of several texts one after another is not cut into rows."""
-    return n_threads > 1 and tokens.shape[1] >= MIN_ROWS * n_threads and hasattr(cache, "append")
+    n_least = max(MIN_ROWS, MIN_ROWS_EACH * team.n_threads)
+    return team.n_threads > 1 and tokens.shape[1] >= n_least and hasattr(cache, "append")
 
 
-def in_rows(gpt2, tokens, cache, n_last, params, n_threads):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
+def in_rows(gpt2, tokens, cache, n_last, params):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
     """gpt2(tokens, cache, n_last, **params), its rows shared out."""
     n_new, parts = tokens.shape[1], []
-    slices = equal_work(n_new, cache.length, params["wte"].shape[1], n_threads)
+    slices = equal_work(n_new, cache.length, params["wte"].shape[1], team.n_threads)
     for rows in slices:
         parts.append(Part(cache, rows, parts[-1] if parts else None))
 
@@ -61,4 +62,5 @@ def in_rows(gpt2, tokens, cache, n_last, params, n_threads):  # int[n_batch, n_n
         for part in parts:
             part.stored.put(False)
 
-    return np.concatenate(run([partial(work, *each) for each in zip(slices, parts, strict=True)], stop), axis=1)
+    works = [partial(work, *each) for each in zip(slices, parts, strict=True)]
+    return np.concatenate(team.run(works, stop), axis=1)

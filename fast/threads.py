@@ -1,20 +1,17 @@
-"""Threads of our own, one on each core, and BLAS held to one thread while they work.
+"""The threads of a pass: one computes it, and those of OpenBLAS (server.py) help it where `team` is asked to.
 
-BLAS's own threads spin for up to 0.1 s after each product, and know nothing of panels. Of ours one computes a pass, and
-the others help it: with columns of a product, heads of attention, parts of a large array. Their caller waits.
+They take columns of a product, heads of attention, parts of a large array, rows of a prompt.
 """
 
 import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextvars import copy_context
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
-from queue import SimpleQueue
 
 from fast.library import blas
+from fast.server import find
 
 
 def core_of(cpu: int) -> str:
@@ -57,123 +54,45 @@ def cut(n: int, n_parts: int, size: int = 1) -> list[slice]:
 
 
 class Stopped(Exception):
-    """Raised in a thread whose pass shall end, or that would wait for one that has failed."""
+    """Raised in a thread that would wait for one that has failed."""
 
 
-def stay_on(core: set[int]) -> None:
-    """Linux likes to wake a thread where its waker runs, although another core idles."""
-    with contextlib.suppress(AttributeError, OSError):  # not Linux, or a sandbox that binds no threads
-        os.sched_setaffinity(0, core)
-
-
-def call_each(works: SimpleQueue, core: set[int]) -> None:
-    """What a worker does until it is handed None."""
-    stay_on(core)
-    for work, box in iter(works.get, None):
-        try:
-            box.put((work(), None))
-        except BaseException as error:
-            box.put((None, error))
-        del work, box  # which may refer to much memory
-
-
-class Worker:
-    """A thread on a core of its own, which calls what it is handed. It ends when nobody refers to it any more.
-
-    As an executor of the standard library, in less time: passes of 5 rows of 124M take 0.9 to 0.97 of what they take.
-    """
-
-    def __init__(self, core: set[int]):
-        self.works: SimpleQueue = SimpleQueue()
-        self.thread = threading.Thread(target=call_each, args=[self.works, core], daemon=True)
-        self.thread.start()
-
-    def start(self, work: Callable[[], object]) -> SimpleQueue:
-        """Where (what work() returns, None) will come, or (None, its error)."""
-        box: SimpleQueue = SimpleQueue()
-        self.works.put((partial(copy_context().run, work), box))  # the context says what NumPy warns of
-        return box
-
-    def end(self) -> None:
-        """Wait until it has done all that it was handed."""
-        self.works.put(None)
-        self.thread.join()
-
-    def __del__(self):
-        self.works.put(None)
+N_PYTHON = 2  # threads that Python on small arrays is shared by: more of them wait for the GIL instead
 
 
 class Team(threading.local):
-    """The other threads that help with a pass, as the thread that computes the pass sees them."""
+    """The threads that a pass may use, as the thread that computes the pass sees them."""
 
-    helpers: Sequence[Worker] = ()
-    stopped: Sequence = ()  # not empty: the pass shall end
+    n_threads = 1
+
+    @contextlib.contextmanager
+    def of(self, n_threads: int) -> Iterator[None]:
+        self.n_threads = n_threads
+        try:
+            yield
+        finally:
+            self.n_threads = 1
 
     def cut(self, n: int, size: int = 1) -> list[slice]:
-        """range(n) in a part for each thread."""
-        return cut(n, 1 + len(self.helpers), size)
+        """range(n) in parts for works that call NumPy."""
+        return cut(n, min(self.n_threads, N_PYTHON), size)
 
-    def run(self, works: Sequence[Callable[[], object]]) -> None:
-        """Call all of `works` at once: the first one here, as many as there are helpers by them."""
-        if self.stopped:
-            raise Stopped
-        helpers, self.helpers = self.helpers, ()  # works share out nothing themselves
-        boxes = [helper.start(work) for helper, work in zip(helpers, works[1:], strict=False)]
-        try:
-            for work in (works[0], *works[1 + len(boxes) :]):
-                work()
-        finally:
-            errors = [error for _, error in [box.get() for box in boxes] if error]
-            self.helpers = helpers
-        for error in errors:
-            raise error
+    def run(self, works: Sequence[Callable[[], object]], stop: Callable[[], None] = bool) -> list:
+        """What each of the works returns, all called at once if there are threads, the first here.
+
+        stop() is called when one fails and on Ctrl-C: it makes those that wait for others raise Stopped.
+        """
+        if self.n_threads == 1 or len(works) == 1:
+            return [work() for work in works]
+        with blas.held(self.n_threads):  # products of the works would wait for the threads that make them
+            n_threads, self.n_threads = self.n_threads, 1  # works share out nothing themselves
+            try:
+                return find().call_all(works, stop)
+            finally:
+                self.n_threads = n_threads
 
 
 team = Team()
-crews: list[list[Worker]] = []  # a pass takes a crew and puts it back
-
-
-def run(works: list[Callable[[], object]], stop: Callable[[], None] = bool, n_helpers: int = 0) -> list:
-    """Call all of `works` at once, each on a core of its own, and return what they return.
-
-    `stop` makes those that wait for each other raise Stopped. It is called when one fails, and on Ctrl-C. n_helpers
-    more threads are the team of the only work.
-    """
-    stopped: list = []
-
-    def stop_all():
-        stopped.append(True)
-        stop()
-
-    def stopping_others(work):
-        try:
-            team.helpers, team.stopped = crew[len(works) : len(works) + n_helpers], stopped
-            with blas.held():  # here, where Ctrl-C does not come
-                return work()
-        except BaseException:
-            stop_all()
-            raise
-        finally:
-            team.helpers = ()
-
-    try:
-        crew = crews.pop()
-    except IndexError:
-        crew = []
-    try:
-        for i in range(len(crew), len(works) + n_helpers):
-            crew.append(Worker(CORES[i % len(CORES)]))
-        boxes = [worker.start(partial(stopping_others, work)) for worker, work in zip(crew, works, strict=False)]
-        results = [box.get() for box in boxes]
-        for error in sorted([e for _, e in results if e], key=lambda error: isinstance(error, Stopped)):
-            raise error
-    except BaseException:
-        stop_all()
-        for worker in crew:  # works that still run write into memory that the caller goes on to use: wait for them
-            worker.end()
-        raise
-    crews.append(crew)
-    return [result for result, _ in results]
 
 
 class Forks:
@@ -199,8 +118,10 @@ class Forks:
                 time.sleep(self.POLL_S)
                 self.passing.add(me)
             yield
-        finally:
             self.passing.discard(me)
+        except BaseException:  # as in Blas.held
+            self.passing.discard(me)
+            raise
 
     def before(self) -> None:
         self.forking.add(threading.get_ident())
@@ -213,7 +134,6 @@ class Forks:
 
     def in_child(self) -> None:
         """A child has none of its parent's threads."""
-        crews.clear()
         self.__init__()
         blas.__init__()
 

@@ -11,8 +11,8 @@ from itertools import cycle
 import numpy as np
 
 from fast.memory import available_bytes
-from fast.panels import Matrix, as_it_lies, panels_shape, seconds, seconds_to_fill, way_in_panels
-from fast.threads import run
+from fast.panels import Matrix, as_it_lies, panels_shape, seconds, seconds_to_fill, streamed
+from fast.threads import team
 
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
 MAX_FEW = 64  # rows for which panels can be faster than the weights as they lie
@@ -28,10 +28,9 @@ def output_matrix(params):  # -> [n_embd, n_vocab]
 
 
 class Weights:
-    """`params` are those of the model with each matrix a Matrix, of which each of n_threads has columns."""
+    """`params` are those of the model with each matrix a Matrix. Its methods want a team."""
 
-    def __init__(self, params: dict, n_threads: int):
-        self.n_threads = n_threads
+    def __init__(self, params: dict):
         self.ways: dict = {}  # by the number of rows; as they lie, where there is none
         self.matrices: list[Matrix] = []  # four of each layer, then the output's
         blocks = [self.with_matrices(block) for block in params["blocks"]]
@@ -44,7 +43,7 @@ class Weights:
         self.report = "none, there were no steps of several rows"  # for --stats: what is packed, or why nothing is
 
     def matrix(self, w) -> Matrix:
-        self.matrices.append(Matrix(w, self.ways, self.n_threads))
+        self.matrices.append(Matrix(w, self.ways))
         return self.matrices[-1]
 
     def with_matrices(self, block: dict) -> dict:
@@ -73,21 +72,17 @@ class Weights:
         """Panels for few rows; for more than MANY what is faster for the multiple of MANY that comes next."""
         n_timed = -(-n_rows // MANY) * MANY
         if n_timed == MANY:
-            self.ways[n_timed] = way_in_panels()
+            self.ways[n_timed] = streamed
         if n_timed not in self.ways:
-            times: dict = {way_in_panels(): [], as_it_lies: []}
+            times: dict = {streamed: [], as_it_lies: []}
             for way in [*times] * N_TIMINGS:  # each on a layer that is in no cache
-                times[way].append(self.in_team(partial(seconds, way, n_timed, self.matrices[next(self.layers)])))
+                times[way].append(seconds(way, n_timed, self.matrices[next(self.layers)]))
             self.ways[n_timed] = min(times, key=lambda way: np.median(times[way]))
         self.ways[n_rows] = self.ways[n_timed]
 
-    def in_team(self, work):
-        """What work() returns, on a thread that the others help."""
-        return run([work], n_helpers=self.n_threads - 1)[0]
-
     def fill(self, matrices: list[Matrix]) -> float:
         """Copy these into their panels; the time it takes in seconds."""
-        return max(run([partial(seconds_to_fill, matrices, i) for i in range(self.n_threads)]))
+        return max(team.run([partial(seconds_to_fill, matrices, i) for i in range(team.n_threads)]))
 
     def memory_for(self, n: int) -> np.ndarray | None:
         """Memory for n numbers in one piece, hence in large pages; None if they do not fit."""
@@ -108,10 +103,10 @@ class Weights:
             return
         pieces = np.split(memory, np.cumsum(sizes)[:-1])
         for matrix, piece, shape in zip(self.matrices, pieces, shapes, strict=True):
-            matrix.use(piece.reshape(shape))
+            matrix.use(piece.reshape(shape), team.n_threads)
         n_trial = len(PRODUCTS) * math.ceil(TRIAL_BYTES * len(self.params["blocks"]) / memory.nbytes)
         trial, rest = self.matrices[:n_trial], self.matrices[n_trial:]
-        self.steps_to_pack = self.fill(trial) / self.in_team(partial(seconds, way_in_panels(), 1, trial))
+        self.steps_to_pack = self.fill(trial) / seconds(streamed, 1, trial)
         if not self.pay(n_left):
             for matrix in self.matrices:
                 matrix.parts.clear()

@@ -10,13 +10,12 @@ import sys
 import time
 import tracemalloc
 from functools import partial
-from unittest import mock
 
 import numpy as np
 import pytest
 
 from checkpoints.weights import expected_shapes, nest_params
-from fast.panels import row_by_row
+from fast.library import blas
 from fast.weights import Weights
 from gpt2 import Model
 
@@ -66,13 +65,15 @@ class Spied(Model):
 def shared_out(model, n_threads=3, way=None, is_packed=True):
     """The same model computed as a large one, all but single rows by a team of threads."""
     model = Model(model.hparams, model.params)
-    model.passes.is_large, model.passes.weights = True, Weights(model.params, n_threads)
+    model.passes.is_large, model.passes.weights, model.passes.n_threads = True, Weights(model.params), n_threads
+    if blas.controller:
+        before = blas.controller.get_num_threads()
+        blas.set(max(n_threads, before))  # so many are started, and stay
+        blas.set(before)
     if way:
         model.passes.weights.ways.update(dict.fromkeys(range(1, 65), way))
     if is_packed:
-        without_kernel = mock.patch("fast.kernel.find", lambda: None)
-        with without_kernel if way is row_by_row else contextlib.nullcontext():
-            model.passes.weights.pack()
+        model.passes.pack()
     return model
 
 

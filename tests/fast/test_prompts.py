@@ -12,9 +12,9 @@ import gpt2
 from decoding.prefill import left_padded
 from fast import prompts
 from fast.prompts import equal_work
-from fast.threads import blas, crews
+from fast.threads import blas
 
-pytest.importorskip("threadpoolctl", reason="without threadpoolctl nothing is shared out")
+pytestmark = pytest.mark.skipif(not fast.find(), reason="this BLAS has no threads that can be used")
 IDS = np.random.default_rng(1).integers(61, size=(2, 130))
 
 
@@ -28,7 +28,8 @@ def cut(monkeypatch):
         sizes.append([rows.stop - rows.start for rows in slices])
         return slices
 
-    monkeypatch.setattr(prompts, "MIN_ROWS", 9)
+    monkeypatch.setattr(prompts, "MIN_ROWS", 1)
+    monkeypatch.setattr(prompts, "MIN_ROWS_EACH", 9)
     monkeypatch.setattr(prompts, "equal_work", noted)
     return sizes
 
@@ -62,12 +63,12 @@ def test_padded_prompts_and_what_follows_them(cut):
     assert len(cut) == 2
 
 
-def test_few_rows_one_thread_or_no_threadpoolctl_leave_the_whole(cut, monkeypatch):
+def test_few_rows_one_thread_or_another_blas_leave_the_whole(cut, monkeypatch):
     small = random_model(n_ctx=130)
     shared_out(small, 2).forward(IDS[:, :17], small.new_cache(2))
     shared_out(small, 1).forward(IDS, small.new_cache(2))
     small.forward(IDS, small.new_cache(2))
-    monkeypatch.setattr(fast.blas, "controller", None)
+    monkeypatch.setattr(fast, "find", lambda: None)
     shared_out(small, 2).forward(IDS, small.new_cache(2))
     assert not cut
 
@@ -94,10 +95,9 @@ def test_a_part_that_fails_stops_the_others_and_its_error_arrives(cut, monkeypat
         return store(self, layer, kv)
 
     monkeypatch.setattr(gpt2.KVCache, "append", fail)
-    n_crews = len(crews)
     with pytest.raises(error):
         model.forward(IDS[:1, :90], cache)
-    assert cache.length == 3 and not blas.holders and len(crews) == max(0, n_crews - 1)
+    assert cache.length == 3 and not blas.holders
     monkeypatch.setattr(gpt2.KVCache, "append", store)
     model.forward(IDS[:1, :90], cache)
     assert cache.length == 93

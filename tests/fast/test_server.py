@@ -1,0 +1,200 @@
+"""OpenBLAS's threads and kernel: found where NumPy has them, left alone where anything is not as expected."""
+
+import ctypes
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers import random_model, run, shared_out
+
+import fast
+from fast import server
+from fast.panels import Matrix, panels_shape, side_by_side, streamed
+from fast.symbols import addresses
+from fast.threads import blas, team
+
+pytest.importorskip("threadpoolctl", reason="without threadpoolctl NumPy's BLAS is not looked for")
+LIBRARY = getattr(blas.controller, "filepath", "")
+IS_WHEEL = sys.platform == "linux" and "scipy_openblas" in LIBRARY
+NAMES = ("scipy_cblas_sgemm64_", "cblas_sgemm64_", "cblas_sgemm")
+found_only = pytest.mark.skipif(not server.find(), reason="this BLAS has no such kernel")
+
+
+def found_in(monkeypatch, path, core="Haswell", layer="pthreads"):
+    library = SimpleNamespace(filepath=str(path), architecture=core, threading_layer=layer)
+    monkeypatch.setattr(server, "blas", SimpleNamespace(controller=library))
+    return server.find.__wrapped__()
+
+
+@pytest.mark.skipif(not IS_WHEEL, reason="only NumPy's own packages for Linux are sure to have it")
+def test_the_wheels_of_numpy_have_all_that_is_needed():
+    assert (server.find() is not None) == (blas.controller.architecture.lower() in server.CORES)
+
+
+@pytest.mark.skipif(not IS_WHEEL, reason="an ELF file is needed")
+def test_a_function_is_where_the_linker_says():
+    library = ctypes.CDLL(LIBRARY)
+    name = next(name for name in NAMES if hasattr(library, name))
+    assert addresses([name], LIBRARY) == [ctypes.cast(getattr(library, name), ctypes.c_void_p).value]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The kernel
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@found_only
+@pytest.mark.parametrize("n_rows", [1, 2, 4, 8, 16, 24, 32])
+@pytest.mark.parametrize("n_columns", [4, 8, 12, 20, 60])
+@pytest.mark.parametrize("depth", [1, 7, 8, 64, 769])
+def test_it_adds_the_product_and_touches_nothing_else(n_rows, n_columns, depth):
+    rng = np.random.default_rng(depth)
+    x, w = rng.standard_normal((n_rows, depth), np.float32), rng.standard_normal((depth, n_columns), np.float32)
+    panels = np.ascontiguousarray(w.reshape(depth, -1, server.WIDTH).swapaxes(0, 1))
+    blocks = side_by_side(x, 1)
+    around = np.full((n_columns + 20, n_rows), 5, np.float32)
+    y = around[10:-10]
+    server.find().multiply(blocks.ctypes.data, n_rows, depth, [(panels.ctypes.data, n_columns, y.ctypes.data)])
+    assert (around[:10] == 5).all() and (around[-10:] == 5).all()
+    np.testing.assert_allclose(y.T, x @ w + 5, rtol=0, atol=1e-5 * depth**0.5 + 1e-5)
+
+
+@found_only
+def test_numbers_that_are_not_finite_stay_in_their_row_and_column():
+    x, w = np.ones((3, 8), np.float32), np.ones((8, 8), np.float32)
+    x[1, 2], w[5, 7] = np.inf, np.nan
+    matrix = Matrix(w, {})
+    matrix.use(np.empty(panels_shape(w), np.float32), 1)
+    matrix.fill(matrix.parts[0])
+    y = streamed(x, matrix)
+    assert np.isinf(y[1, :7]).all() and np.isnan(y[:, 7]).all() and (y[::2, :7] == 8).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is not as expected
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@found_only
+@pytest.mark.parametrize("change", ["depth", "n_rows", "n_columns"])
+def test_a_kernel_that_computes_something_else_is_not_used(change, monkeypatch):
+    right, set_product = server.find(), server.Queue.set_product
+    assert server.is_right(right)
+
+    def set_other(self, i, x, panels, y, n_rows, n_columns, depth):
+        sizes = {"n_rows": n_rows, "n_columns": n_columns, "depth": depth}
+        set_product(self, i, x, panels, y, **sizes | {change: sizes[change] - 1})
+
+    monkeypatch.setattr(server.Queue, "set_product", set_other)
+    assert not server.is_right(right)
+
+
+@found_only
+@pytest.mark.parametrize("layout", [(8, 20), (9, 21), (8, 21), (9, 20), (10, 22), (11, 12)])
+def test_jobs_arrive_with_the_layout_of_this_library_alone(layout):
+    right = server.find()
+    pointers = [ctypes.cast(function, ctypes.c_void_p).value for function in (right.execute, right.start, right.wait)]
+    other = server.Server(layout, right.kernel, *pointers, ctypes.addressof(right.n_started))
+    assert server.arrive(other) == (layout == right.layout)
+
+
+def test_no_library_or_one_without_it_is_no_error(tmp_path, monkeypatch):
+    whole = b""
+    if IS_WHEEL:
+        with open(LIBRARY, "rb") as f:
+            whole = f.read()
+    for i, content in enumerate(
+        [b"", b"MZ", b"\x7fELF" + bytes(100), whole[:5000], whole[:-300], whole[: len(whole) // 2]]
+    ):
+        (tmp_path / str(i)).write_bytes(content)
+        assert found_in(monkeypatch, tmp_path / str(i)) is None  # the whole one is not loaded from there either
+    assert found_in(monkeypatch, tmp_path / "missing") is None
+    for name in ("KERNEL", "LAYOUTS"):
+        with monkeypatch.context() as patched:
+            patched.setattr(server, name, "sgemm_kernel_OF_THE_FUTURE" if name == "KERNEL" else [(10, 22)])
+            assert found_in(patched, LIBRARY) is None
+    monkeypatch.setattr(server, "blas", SimpleNamespace(controller=None))
+    assert server.find.__wrapped__() is None
+
+
+@pytest.mark.parametrize(
+    ("core", "layer"),
+    [("Prescott", "pthreads"), ("Nehalem", "pthreads"), ("neoversen1", "pthreads"), ("Haswell", "openmp")],
+)
+def test_other_processors_and_other_threads_are_not_even_looked_at(core, layer, monkeypatch):
+    monkeypatch.setattr(server, "addresses", None)
+    assert found_in(monkeypatch, LIBRARY, core, layer) is None
+
+
+def test_without_it_products_are_plain(monkeypatch):
+    monkeypatch.setattr(fast, "find", lambda: None)
+    whole = random_model(n_ctx=40)
+    model, ids = shared_out(whole), [list(range(9))]
+    assert not model.passes.weights.is_packed and model.passes.few_rows_pay(20)
+    expected = whole.forward(ids, whole.new_cache(), n_last=9)
+    np.testing.assert_allclose(model.forward(ids, model.new_cache(), n_last=9), expected, rtol=0, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beside other threads of a program
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@found_only
+def test_a_number_of_threads_set_meanwhile_leaves_no_product_waiting():
+    """A product on a thread in use wants threads of BLAS then, of which none would be idle."""
+    code = """if True:
+        import sys, threading
+        sys.path.insert(0, "tests")
+        import numpy as np
+        from fast.threads import blas, team
+        ended = threading.Event()
+
+        def meddle():
+            while not ended.is_set():
+                blas.set(2)
+
+        meddling = threading.Thread(target=meddle, daemon=True)
+        meddling.start()
+        x = np.ones((200, 200), np.float32)
+        with team.of(2):
+            for _ in range(200):
+                assert all((y == 200).all() for y in team.run([lambda: x @ x] * 2))
+        ended.set()
+        meddling.join()
+    """
+    assert run("-c", code, env={"OPENBLAS_NUM_THREADS": "2"}).stderr == ""
+
+
+@found_only
+def test_passes_of_several_threads_share_blas_threads():
+    model, ids = shared_out(random_model(n_ctx=130)), [list(range(40))]
+    expected, found = model.forward(ids, model.new_cache(), 40), []
+
+    def feed():
+        for n in (3, 40, 9) * 5:
+            logits = model.forward([ids[0][:n]], model.new_cache(), n)
+            found.append(np.abs(logits - expected[:, :n]).max())
+
+    feeders = [threading.Thread(target=feed, daemon=True) for _ in range(4)]
+    for feeder in feeders:
+        feeder.start()
+    for feeder in feeders:
+        feeder.join(60)
+    assert len(found) == 60 and max(found) < 1e-4 and not server.calls
+
+
+@found_only
+@pytest.mark.skipif(sys.platform != "linux", reason="counts processor time of a process")
+def test_threads_that_wait_sleep_soon():
+    model = shared_out(random_model(n_ctx=40))
+    model.forward([[1, 2, 3]], model.new_cache())
+    with team.of(2):
+        team.run([int] * 2)
+    time.sleep(1)
+    started = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - started < 0.2
