@@ -93,9 +93,11 @@ class Simulation:
         seconds, n_guesses, is_identical = self.rounds(
             self.n_tokens, Adaptive(self.drafter(MAX_DRAFT, seed), MAX_DRAFT)
         )
-        late = slice(len(seconds) // 2, None)
-        speedup = expected_tokens(n_guesses[late]).sum() * step / seconds[late].sum()
-        return Measured(speedup, is_identical, n_guesses=n_guesses[late].mean())
+        seconds, n_guesses = seconds[len(seconds) // 2 :], n_guesses[len(seconds) // 2 :]
+        for n in set(n_guesses):  # medians, as with_length has
+            seconds[n_guesses == n] = np.median(seconds[n_guesses == n])
+        speedup = expected_tokens(n_guesses).sum() * step / seconds.sum()
+        return Measured(speedup, is_identical, n_guesses=n_guesses.mean())
 
     def whole_text(self, n_tokens, step, seed) -> Measured:
         """A text after its first token, packing included if it is done."""

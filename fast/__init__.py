@@ -38,10 +38,19 @@ class Passes:
         """Whether passes of so many rows use plain products of one row, which round alike in every process."""
         return n_rows == 1
 
+    def can_share(self) -> bool:
+        """Whether BLAS's threads and kernel can be used."""
+        if not find():
+            self.weights.give_up("NumPy's BLAS has no kernel for them here")
+        return bool(find())
+
+    def team(self):
+        return team.of(min(self.n_threads, find().n_threads))
+
     def pack(self) -> None:
         """Pack the weights now, if that can be."""
-        if server := find():
-            with team.of(min(self.n_threads, server.n_threads)):
+        if self.can_share():
+            with self.team():
                 self.weights.pack()
 
     def __call__(self, gpt2, tokens, cache, n_last, plainly):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
@@ -50,9 +59,9 @@ class Passes:
             if not self.is_large:
                 with blas.held():
                     return gpt2(tokens, cache, n_last, **self.params)
-            if plainly or self.are_plain(tokens.size) or not (server := find()):
+            if plainly or self.are_plain(tokens.size) or not self.can_share():
                 return gpt2(tokens, cache, n_last, **self.params)
-            with team.of(min(self.n_threads, server.n_threads)):
+            with self.team():
                 if are_long(tokens, cache):
                     return in_rows(gpt2, tokens, cache, n_last, self.params)
                 if tokens.size <= MAX_FEW:

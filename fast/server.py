@@ -26,7 +26,7 @@ from fast.symbols import addresses
 CORES = {"haswell", "zen", "skylakex", "cooperlake", "sapphirerapids"}  # OpenBLAS's names of those that have AVX2
 KERNEL = "sgemm_kernel_HASWELL"
 OTHERS = ["exec_blas", "exec_blas_async", "exec_blas_async_wait", "blas_num_threads"]
-LAYOUTS = ((8, 20), (9, 21))  # words of 8 bytes before `next` and `mode`: OpenBLAS 0.3.29 to 0.3.31, and 0.3.34
+LAYOUTS = ((8, 20), (9, 21))  # words of 8 bytes before `next` and `mode`: OpenBLAS 0.3.29 to 0.3.34.0; 0.3.34.237
 ARGS, N_ARGS = 3, 16  # words before the pointer to the arguments, and of these
 KERNEL_MODE, PYTHON_MODE = 0x8002, 0x4000  # BLAS_LEGACY | BLAS_SINGLE, BLAS_PTHREAD
 N_ROWS, WIDTH = 8, 4  # rows of x and columns of w that lie side by side for the kernel
@@ -119,8 +119,9 @@ class Server(threading.local):
         finally:
             for number in ours:
                 calls.pop(number, None)
-        for error in errors[:1]:  # others came of it
-            raise error
+        if errors:
+            del errors[1:]  # they came of the first
+            raise errors.pop()
         return results
 
 

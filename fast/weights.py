@@ -90,9 +90,11 @@ class Weights:
         with contextlib.suppress(MemoryError):
             if 2 * n_gb <= available_gb:  # twice: the weights as they lie want room too, or the system drops them
                 return np.empty(n, np.float32)
-        self.has_room, self.steps_to_pack = False, 0
-        self.report = f"none, {n_gb:.1f} GB more do not fit in {available_gb:.1f} GB beside the weights"
+        self.give_up(f"{n_gb:.1f} GB more do not fit in {available_gb:.1f} GB beside the weights")
         return None
+
+    def give_up(self, reason: str) -> None:
+        self.has_room, self.steps_to_pack, self.report = False, 0, f"none, {reason}"
 
     def pack(self, n_left: int = sys.maxsize) -> None:
         if self.is_packed:  # by another thread meanwhile
