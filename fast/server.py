@@ -103,11 +103,11 @@ class Server(threading.local):
         # More jobs than threads would wait for ever: OpenBLAS wakes threads that sleep when it has handed out all.
         n, ours = min(len(works), self.n_threads) - 1, []
         queue = Queue(self.layout, n, PYTHON_MODE, cast(call, c_void_p).value)
-        for i in range(n):
-            ours.append(next(numbers))
-            calls[ours[i]] = partial(copy_context().run, keep, i + 1)  # the context says what NumPy warns of
-            queue.set_call(i, ours[i])
         try:
+            for i in range(n):
+                ours.append(next(numbers))
+                calls[ours[i]] = partial(copy_context().run, keep, i + 1)  # the context says what NumPy warns of
+                queue.set_call(i, ours[i])
             self.start(n, queue.address)
             for i in (0, *range(n + 1, len(works))):
                 keep(i)
