@@ -120,6 +120,8 @@ def test_a_terminal_that_is_resized_all_the_time(tiny):
             terminal.resize(next(widths))
         terminal.type(b"ROMEO:\n")
         terminal.read_until(expected, meanwhile=lambda: terminal.resize(next(widths)))
+        terminal.resize(80)  # the prompt is drawn after that, or drawn anew
+        terminal.read_until(b"> ")
         terminal.type(b"\x04")
         assert terminal.process.wait(60) == 0
 
