@@ -91,9 +91,8 @@ def tiled(attend):
 
     @wraps(attend)
     def in_shares(q, k, v, padding=None):
-        if (
-            team.n_threads == 1 or max(4, q.shape[-2]) * k.size < N_SHARED_PRODUCTS
-        ):  # reading the keys takes as long as 4
+        n_rows = max(4, q.shape[-2])  # reading the keys takes as long as 4
+        if team.n_threads == 1 or n_rows * k.size < N_SHARED_PRODUCTS:
             return of_few_or_many(q, k, v, padding)
         out = np.empty_like(q)
 

@@ -1,4 +1,4 @@
-"""NumPy's BLAS, whose own threads must not run beside ours."""
+"""NumPy's BLAS, and how many threads its products use."""
 
 import contextlib
 import threading
@@ -6,9 +6,10 @@ from functools import cached_property
 
 
 class Blas:
-    """NumPy's BLAS, held to one thread during passes that need that. The number holds for all threads of the process.
+    """NumPy's BLAS, held to one thread where passes need that. The number holds for all threads of the process.
 
-    Holding takes 3 us, so it is done for each pass and not for a text: between two tokens a program has BLAS as it was.
+    Holding takes 3 us, so it is done for each pass of a small model and each shared part of a large one's, not for a
+    text: between two tokens a program has BLAS as it was.
     """
 
     def __init__(self):
@@ -41,7 +42,7 @@ class Blas:
             with self.lock: self.let_go(me)  # fmt: skip  # noqa: E701
             raise
 
-    # In this order, an interrupt between two lines leaves BLAS's number to the thread's next pass, and never loses it.
+    # In this order, an interrupt between two lines leaves BLAS's number to `let_go`, and never loses it.
 
     def hold(self, me: int, n_used: int) -> None:
         if self.controller:

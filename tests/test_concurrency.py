@@ -15,7 +15,7 @@ from speculative import DraftModel, PromptLookup
 N_TOKENS = 20
 
 
-@pytest.fixture(scope="module", params=["on this thread", "on threads of our own"])
+@pytest.fixture(scope="module", params=["on this thread", "on several threads"])
 def tasks(request, nano):
     """Functions that each begin a text anew: two random models and an embedded one, greedy and sampled, drafted.
 

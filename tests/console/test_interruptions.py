@@ -32,7 +32,7 @@ SIGNALLING = """if True:
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# The same with threads of our own for all but single rows, on however many processors.
+# The same with shared passes for all but single rows, on however many processors.
 THREADED = """if True:
     import fast, fast.weights
     fast.MIN_BYTES, fast.count_threads, fast.weights.MIN_GAIN = 1, lambda: 3, 1e9

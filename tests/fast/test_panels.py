@@ -72,7 +72,7 @@ def test_every_way_multiplies_with_a_transpose(way, shape):
         assert y.shape == (n_rows, shape[0]) and error(y, exactly(x, wte.T)) <= 2e-6
 
 
-def test_leading_axes_stay_and_views_are_taken(monkeypatch):
+def test_leading_axes_stay_and_views_are_taken():
     x, w = arrays(6, 12, 60)
     x = x.reshape(2, 3, 12)[:, ::2]
     y = matmul(x, packed(w, as_it_lies, 2))
