@@ -8,26 +8,14 @@ and 8 rows take as long as one (docs/performance.md).
 
 import time
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
-from fast.server import N_ROWS, WIDTH, find
+from fast.server import N_ROWS, WIDTH, find, jobs_of
 from fast.threads import N_PYTHON, cut, team
 
 N_SIDE_BY_SIDE = 3  # panels that the kernel reads at once
 MAX_DEPTH = 1600  # rows of w in a panel
-
-
-class Part(NamedTuple):
-    """What one thread multiplies: these panels, [n_deep, n_panels, depth, width], hold these columns and perhaps zeros.
-
-    `addresses` are those of the panels, one for each of n_deep.
-    """
-
-    columns: slice
-    panels: np.ndarray
-    addresses: list[int]
 
 
 class Matrix:
@@ -40,23 +28,21 @@ class Matrix:
 
     def __init__(self, w, ways: dict):
         self.w, self.ways, self.shape = w, ways, w.shape
-        self.parts: list[Part] = []
+        self.panels = self.jobs = None
+        self.parts: list[slice] = []  # of the panels, one for each thread
 
     def __rmatmul__(self, x):  # [n_rows, n_in] -> [n_rows, n_out]
         return self.ways.get(len(x), as_it_lies)(x, self)
 
     def use(self, panels, n_threads: int) -> None:  # of panels_shape(w)
-        parts = cut(panels.shape[1], min(n_threads, panels.shape[1]), N_SIDE_BY_SIDE)
-        columns = [slice(part.start * WIDTH, min(part.stop * WIDTH, self.shape[1])) for part in parts]
-        pieces = [panels[:, part] for part in parts]
-        addresses = [[panel.ctypes.data for panel in piece] for piece in pieces]
-        self.parts = list(map(Part, columns, pieces, addresses))
+        self.panels, self.parts = panels, cut(panels.shape[1], min(n_threads, panels.shape[1]), N_SIDE_BY_SIDE)
+        self.jobs = jobs_of(panels, self.parts)
 
-    def fill(self, part: Part) -> None:
-        columns, panels, _ = part
+    def fill(self, part: slice) -> None:
+        panels, w = self.panels[:, part], self.w[:, part.start * WIDTH : part.stop * WIDTH]
         n_deep, _, depth, width = panels.shape
-        n_whole, n_rest = divmod(columns.stop - columns.start, width)
-        w = self.w[:, columns].reshape(n_deep, depth, -1)
+        n_whole, n_rest = divmod(w.shape[1], width)
+        w = w.reshape(n_deep, depth, -1)
         whole, into = w[..., : n_whole * width].reshape(n_deep, depth, n_whole, width), panels[:, :n_whole]
         if whole.strides[-1] == 4:  # copy four numbers at a time: a fifth of the time
             whole, into = whole.view(np.complex128), into.view(np.complex128)
@@ -87,17 +73,10 @@ def side_by_side(x, n_deep):  # [n_rows, n_in] -> [n_deep, n_blocks, n_in / n_de
 
 
 def streamed(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]; OpenBLAS's kernel reads the panels as they lie
-    n_deep, _, depth, _ = matrix.parts[0].panels.shape
+    n_deep, n_panels, _, width = matrix.panels.shape
     blocks = side_by_side(x, n_deep)
-    n_rows = blocks.shape[1] * blocks.shape[3]
-    y = np.zeros((-(-matrix.shape[1] // WIDTH) * WIDTH, n_rows), np.float32)
-    server, at, to = find(), blocks.ctypes.data, y.ctypes.data
-    for i in range(n_deep):
-        jobs = [
-            (part.addresses[i], WIDTH * part.panels.shape[1], to + 4 * n_rows * part.columns.start)
-            for part in matrix.parts
-        ]
-        server.multiply(at + 4 * n_rows * depth * i, n_rows, depth, jobs)
+    y = np.zeros((n_panels * width, blocks.shape[1] * blocks.shape[3]), np.float32)
+    find().multiply(blocks.ctypes.data, y.shape[1], y.ctypes.data, matrix.jobs)
     return np.array(y[: matrix.shape[1], : len(x)].T, order="C")
 
 

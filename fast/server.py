@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from ctypes import CFUNCTYPE, addressof, c_float, c_int, c_int64, c_void_p, cast
 from functools import lru_cache, partial
-from itertools import count
+from itertools import count, pairwise
 
 import numpy as np
 
@@ -28,6 +28,7 @@ KERNEL = "sgemm_kernel_HASWELL"
 OTHERS = ["exec_blas", "exec_blas_async", "exec_blas_async_wait", "blas_num_threads"]
 LAYOUTS = ((8, 20), (9, 21))  # words of 8 bytes before `next` and `mode`: OpenBLAS 0.3.29 to 0.3.34.0; 0.3.34.237
 ARGS, N_ARGS = 3, 16  # words before the pointer to the arguments, and of these
+A, C, ALPHA, M, N, K, B, LDC = 0, 1, 4, 6, 7, 8, 9, 10  # of these, by the kernel's names: C [n, m] += A [k, m] B [k, n]
 KERNEL_MODE, PYTHON_MODE = 0x8002, 0x4000  # BLAS_LEGACY | BLAS_SINGLE, BLAS_PTHREAD
 N_ROWS, WIDTH = 8, 4  # rows of x and columns of w that lie side by side for the kernel
 ONE = c_float(1)
@@ -42,25 +43,35 @@ def call(number):
 
 
 class Queue:
-    """Memory for n jobs, which OpenBLAS's threads do at once, one of them the caller's. Each is done by `routine`."""
+    """Memory for n jobs, which OpenBLAS's threads do at once, one of them the caller's, and n more, n_turns times.
 
-    def __init__(self, layout: tuple[int, int], n: int, mode: int, routine: int):
+    `args`, int64[n_turns, n, N_ARGS], are to be set. Each job is done by `routine`.
+    """
+
+    def __init__(self, layout: tuple[int, int], n_turns: int, n: int, mode: int, routine: int):
         (at_next, at_mode), size = layout, layout[1] + 1
-        self.words = (c_int64 * (n * (size + N_ARGS)))()
-        self.address = addressof(self.words)
-        self.entries, self.args = range(0, n * size, size), range(n * size, len(self.words), N_ARGS)
-        for entry, args in zip(self.entries, self.args, strict=True):
-            self.words[entry], self.words[entry + at_mode] = routine, mode
-            self.words[entry + ARGS] = self.address + 8 * args
-            self.words[entry + at_next] = self.address + 8 * (entry + size) if entry != self.entries[-1] else 0
+        self.words = np.zeros((n_turns, n, size + N_ARGS), np.int64)
+        addresses = self.words.ctypes.data + np.arange(0, self.words.nbytes, self.words.strides[1]).reshape(n_turns, n)
+        self.args, self.turns = self.words[..., size:], addresses[:, 0].tolist()
+        self.words[..., 0], self.words[..., at_mode], self.words[..., ARGS] = routine, mode, addresses + 8 * size
+        self.words[:, :-1, at_next] = addresses[:, 1:]
 
-    def set_product(self, i, x, panels, y, n_rows, n_columns, depth) -> None:  # three addresses
-        """The i-th: add the product of x, [n_rows, depth] in blocks, and panels of n_columns to y."""
-        args = self.args[i]
-        self.words[args : args + 11] = (x, y, 0, 0, addressof(ONE), 0, n_rows, n_columns, depth, panels, n_rows)
 
-    def set_call(self, i, number) -> None:
-        self.words[self.entries[i] + ARGS] = number
+def jobs_of(panels, parts: list[slice]) -> np.ndarray:  # -> int64[n_turns, n_jobs, N_ARGS, 4]
+    """The arguments to multiply x and panels, [n_turns, n_panels, depth, WIDTH], each job some of the panels.
+
+    They are linear in (1, n_rows, the address of x, that of y). Each turn adds the product of a part of x.
+    """
+    n_turns, _, depth, width = panels.shape
+    turns, (starts, stops) = np.arange(n_turns)[:, None], np.array([(part.start, part.stop) for part in parts]).T
+    jobs = np.zeros((n_turns, len(parts), N_ARGS, 4), np.int64)
+    one, n_rows, x, y = np.moveaxis(jobs, -1, 0)
+    x[..., A], n_rows[..., A] = 1, turns * depth * 4
+    y[..., C], n_rows[..., C] = 1, starts * width * 4
+    one[..., B] = panels.ctypes.data + turns * panels.strides[0] + starts * panels.strides[1]
+    one[..., ALPHA], one[..., N], one[..., K] = addressof(ONE), (stops - starts) * width, depth
+    n_rows[..., M] = n_rows[..., LDC] = 1
+    return jobs
 
 
 class Server(threading.local):
@@ -71,20 +82,25 @@ class Server(threading.local):
         to_do = CFUNCTYPE(c_int, c_int64, c_int64)  # (number of jobs, the queue's address)
         self.execute, self.start, self.wait = to_do(execute), to_do(start), to_do(wait)
         self.n_started = c_int.from_address(n_threads)
-        self.queues: dict[int, Queue] = {}  # of products, by the number of jobs: each thread of Python has its own
+        self.queues: dict[tuple, Queue] = {}  # each thread of Python has its own
 
     @property
     def n_threads(self) -> int:
         """How many there are, the caller's included; more are started when a program asks OpenBLAS for more."""
         return self.n_started.value
 
-    def multiply(self, x, n_rows, depth, jobs) -> None:  # an address; (panels' address, n_columns, y's address) of each
-        """Add the products of x and the panels of each job to its y, all at once."""
-        if not (queue := self.queues.get(len(jobs))):
-            queue = self.queues[len(jobs)] = Queue(self.layout, len(jobs), KERNEL_MODE, self.kernel)
-        for i, (panels, n_columns, y) in enumerate(jobs):
-            queue.set_product(i, x, panels, y, n_rows, n_columns, depth)
-        self.execute(len(jobs), queue.address)
+    def queue(self, *size_and_mode) -> Queue:
+        if size_and_mode not in self.queues:
+            self.queues[size_and_mode] = Queue(self.layout, *size_and_mode)
+        return self.queues[size_and_mode]
+
+    def multiply(self, x, n_rows, y, jobs) -> None:  # addresses of x and y
+        """Add to y the product of x, which lies as panels.side_by_side has it, and the panels that `jobs` are of."""
+        n_turns, n_jobs, _, _ = jobs.shape
+        queue = self.queue(n_turns, n_jobs, KERNEL_MODE, self.kernel)
+        np.matmul(jobs, (1, n_rows, x, y), out=queue.args)
+        for address in queue.turns:
+            self.execute(n_jobs, address)
 
     def call_all(self, works: Sequence[Callable[[], object]], stop: Callable[[], None]) -> list:
         """What each of the works returns, all called at once, the first here.
@@ -102,19 +118,19 @@ class Server(threading.local):
 
         # More jobs than threads would wait for ever: OpenBLAS wakes threads that sleep when it has handed out all.
         n, ours = min(len(works), self.n_threads) - 1, []
-        queue = Queue(self.layout, n, PYTHON_MODE, cast(call, c_void_p).value)
+        queue = self.queue(1, n, PYTHON_MODE, cast(call, c_void_p).value)
         try:
             for i in range(n):
                 ours.append(next(numbers))
                 calls[ours[i]] = partial(copy_context().run, keep, i + 1)  # the context says what NumPy warns of
-                queue.set_call(i, ours[i])
-            self.start(n, queue.address)
+                queue.words[0, i, ARGS] = ours[i]
+            self.start(n, queue.turns[0])
             for i in (0, *range(n + 1, len(works))):
                 keep(i)
-            self.wait(n, queue.address)
+            self.wait(n, queue.turns[0])
         except BaseException:  # Ctrl-C, between two lines
             stop()
-            self.wait(n, queue.address)
+            self.wait(n, queue.turns[0])
             raise
         finally:
             for number in ours:
@@ -135,10 +151,10 @@ def arrive(server: Server) -> bool:
 
     for n in range(1, 1 + min(2, server.n_threads)):
         arrived.clear()
-        queue = Queue(server.layout, n, KERNEL_MODE, cast(note, c_void_p).value)
+        queue = Queue(server.layout, 1, n, KERNEL_MODE, cast(note, c_void_p).value)
         for i, (m, n_columns, depth, _, x, panels, y, _) in enumerate(expected[:n]):
-            queue.set_product(i, x, panels, y, m, n_columns, depth)
-        server.execute(n, queue.address)
+            queue.args[0, i, [A, C, ALPHA, M, N, K, B, LDC]] = x, y, addressof(ONE), m, n_columns, depth, panels, m
+        server.execute(n, queue.turns[0])
         if sorted(arrived) != expected[:n]:
             return False
     return True
@@ -147,18 +163,14 @@ def arrive(server: Server) -> bool:
 def is_right(server: Server) -> bool:
     """Whether its products are."""
     some = np.cos(np.arange(1 << 12, dtype=np.float32))  # importing numpy.random takes 20 ms
-    for n_rows, n_panels, depth in ((8, 7, 40), (24, 6, 33), (16, 2, 100), (4, 5, 9), (2, 3, 70), (1, 9, 64)):
-        x, panels = np.resize(some, (n_rows, depth)), np.resize(some[7:], (n_panels, depth, WIDTH))
-        blocks = np.array(x.reshape(-1, min(N_ROWS, n_rows), depth).swapaxes(1, 2), order="C")
+    for n_rows, n_panels, depth in ((8, 7, 40), (24, 6, 20), (16, 2, 50), (4, 5, 9), (2, 3, 70), (1, 9, 50)):
+        x, panels = np.resize(some, (n_rows, 2 * depth)), np.resize(some[7:], (2, n_panels, depth, WIDTH))
+        blocks = np.array(x.reshape(-1, min(N_ROWS, n_rows), 2, depth).transpose(2, 0, 3, 1), order="C")
         y = np.zeros((n_panels * WIDTH, n_rows), np.float32)
-        half = n_panels // 2 if server.n_threads > 1 else 0
-        jobs = [
-            (panels[part].ctypes.data, WIDTH * len(panels[part]), y[WIDTH * part.start :].ctypes.data)
-            for part in (slice(0, half), slice(half, n_panels))
-            if part.stop
-        ]
-        server.multiply(blocks.ctypes.data, n_rows, depth, jobs)
-        if not np.allclose(y.T, x @ panels.swapaxes(0, 1).reshape(depth, -1), rtol=0, atol=1e-4):
+        edges = (0, n_panels // 2, n_panels) if server.n_threads > 1 else (0, n_panels)
+        jobs = jobs_of(panels, [slice(*edge) for edge in pairwise(edges)])
+        server.multiply(blocks.ctypes.data, n_rows, y.ctypes.data, jobs)
+        if not np.allclose(y.T, x @ panels.swapaxes(1, 2).reshape(2 * depth, -1), rtol=0, atol=1e-4):
             return False
     return True
 

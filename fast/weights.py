@@ -111,7 +111,7 @@ class Weights:
         self.steps_to_pack = self.fill(trial) / seconds(streamed, 1, trial)
         if not self.pay(n_left):
             for matrix in self.matrices:
-                matrix.parts.clear()
+                matrix.panels = matrix.jobs = None
             self.report = f"none, they take {self.steps_to_pack:.0f} steps to pack and {n_left} tokens were to come"
             return
         self.fill(rest)

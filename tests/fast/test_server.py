@@ -52,11 +52,12 @@ def test_a_function_is_where_the_linker_says():
 def test_it_adds_the_product_and_touches_nothing_else(n_rows, n_columns, depth):
     rng = np.random.default_rng(depth)
     x, w = rng.standard_normal((n_rows, depth), np.float32), rng.standard_normal((depth, n_columns), np.float32)
-    panels = np.ascontiguousarray(w.reshape(depth, -1, server.WIDTH).swapaxes(0, 1))
+    panels = np.array(w.reshape(1, depth, -1, server.WIDTH).swapaxes(1, 2), order="C")
     blocks = side_by_side(x, 1)
     around = np.full((n_columns + 20, n_rows), 5, np.float32)
     y = around[10:-10]
-    server.find().multiply(blocks.ctypes.data, n_rows, depth, [(panels.ctypes.data, n_columns, y.ctypes.data)])
+    jobs = server.jobs_of(panels, [slice(0, panels.shape[1])])
+    server.find().multiply(blocks.ctypes.data, n_rows, y.ctypes.data, jobs)
     assert (around[:10] == 5).all() and (around[-10:] == 5).all()
     np.testing.assert_allclose(y.T, x @ w + 5, rtol=0, atol=1e-5 * depth**0.5 + 1e-5)
 
@@ -78,16 +79,17 @@ def test_numbers_that_are_not_finite_stay_in_their_row_and_column():
 
 
 @found_only
-@pytest.mark.parametrize("change", ["depth", "n_rows", "n_columns"])
-def test_a_kernel_that_computes_something_else_is_not_used(change, monkeypatch):
-    right, set_product = server.find(), server.Queue.set_product
+@pytest.mark.parametrize("argument", [server.A, server.C, server.N, server.K, server.B])
+def test_a_kernel_that_computes_something_else_is_not_used(argument, monkeypatch):
+    right, jobs_of = server.find(), server.jobs_of
     assert server.is_right(right)
 
-    def set_other(self, i, x, panels, y, n_rows, n_columns, depth):
-        sizes = {"n_rows": n_rows, "n_columns": n_columns, "depth": depth}
-        set_product(self, i, x, panels, y, **sizes | {change: sizes[change] - 1})
+    def other_jobs(panels, parts):
+        jobs = jobs_of(panels, parts)
+        jobs[-1, -1, argument, 0] += -1 if argument in (server.N, server.K) else 4  # one less, or the address after it
+        return jobs
 
-    monkeypatch.setattr(server.Queue, "set_product", set_other)
+    monkeypatch.setattr(server, "jobs_of", other_jobs)
     assert not server.is_right(right)
 
 
