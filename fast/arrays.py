@@ -9,8 +9,7 @@ from fast.memory import room
 from fast.threads import team
 
 N_PIECE = 1 << 15  # numbers, 128 kB: a formula and its temporaries stay in an L2 cache of 512 kB
-N_SHARED = 1 << 16  # numbers from which a formula takes longer than waking other threads
-N_SHARED_PRODUCTS = 1 << 20  # of a query's number and a key's: the same for attention
+N_SHARED_PRODUCTS = 1 << 20  # of a query's number and a key's, from which two threads are faster than one
 N_FEW = 16  # queries that are attended at once, whatever the number of keys
 N_TEXTS = 32  # of a padded batch, attended at once without the padding that all of them have
 N_QUERIES = 96  # of more, attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
@@ -41,17 +40,14 @@ def times_transposed(q, k):  # [..., n_rows, d_head], [..., n_seq, d_head] -> [.
 def elementwise(function):
     """function(x), [...] -> [...], computed piece by piece; the result takes the place of x if that is large."""
 
-    def in_place(part):
-        for start in range(0, len(part), N_PIECE):
-            piece = part[start : start + N_PIECE]
-            piece[:] = function(piece)
-
     @wraps(function)
     def in_pieces(x):
-        if x.size <= (N_SHARED if team.n_threads > 1 else N_PIECE):
+        if x.size <= N_PIECE:
             return function(x)
         flat = x.reshape(-1)
-        team.run([partial(in_place, flat[part]) for part in team.cut(flat.size, 64)])
+        for start in range(0, flat.size, N_PIECE):
+            piece = flat[start : start + N_PIECE]
+            piece[:] = function(piece)
         return x
 
     return in_pieces

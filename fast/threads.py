@@ -1,6 +1,6 @@
 """The threads of a pass: one computes it, and those of OpenBLAS (server.py) help it where `team` is asked to.
 
-They take columns of a product, heads of attention, parts of a large array, rows of a prompt.
+They take columns of a product, heads of attention, rows of a prompt.
 """
 
 import contextlib
