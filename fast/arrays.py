@@ -9,7 +9,8 @@ from fast.memory import room
 from fast.threads import team
 
 N_PIECE = 1 << 15  # numbers, 128 kB: a formula and its temporaries stay in an L2 cache of 512 kB
-N_SHARED_PRODUCTS = 1 << 20  # of a query's number and a key's, from which two threads are faster than one
+N_SHARED_PRODUCTS = 1 << 21  # of a query's number and a key's, from which two threads are faster than one
+N_TEXTS_SHARED = 8  # texts from which each thread takes some of them; of fewer it takes some of the heads
 N_FEW = 16  # queries that are attended at once, whatever the number of keys
 N_TEXTS = 32  # of a padded batch, attended at once without the padding that all of them have
 N_QUERIES = 96  # of more, attended at once, so that no array of scores is [n_head, n_ctx, n_ctx]
@@ -56,7 +57,7 @@ def elementwise(function):
 def texts_at_once(attend, q, k, v, padding):
     """attend(q, k, v, padding) of few rows, N_TEXTS texts at a time, without the padding that these all have."""
     out = np.empty_like(q)
-    n_pad = np.minimum(np.count_nonzero(padding, axis=(1, 2, 3)), k.shape[-2] - q.shape[-2])
+    n_pad = np.minimum(np.count_nonzero(padding[:, 0, 0], axis=-1), k.shape[-2] - q.shape[-2])
     for start in range(0, len(q), N_TEXTS):
         some = slice(start, start + N_TEXTS)
         seen = some, slice(None), slice(n_pad[some].min(), None)
@@ -76,7 +77,7 @@ def tiled(attend):
             n_heads = max(1, N_SCORES // (N_QUERIES * seen.stop))
             for row, head in product(range(n_batch), range(0, n_head, n_heads)):
                 heads = row, slice(head, head + n_heads)
-                mask = None if padding is None else padding[row][..., seen]
+                mask = None if padding is None else padding[heads][..., seen]
                 out[heads][:, rows] = attend(q[heads][:, rows], k[heads][:, seen], v[heads][:, seen], mask)
         return out
 
@@ -87,15 +88,19 @@ def tiled(attend):
 
     @wraps(attend)
     def in_shares(q, k, v, padding=None):
+        if padding is not None:
+            padding = np.broadcast_to(padding, (*q.shape[:2], 1, k.shape[-2]))
         n_rows = max(4, q.shape[-2])  # reading the keys takes as long as 4
         if team.n_threads == 1 or n_rows * k.size < N_SHARED_PRODUCTS:
             return of_few_or_many(q, k, v, padding)
         out = np.empty_like(q)
 
-        def share(heads):
-            out[:, heads] = of_few_or_many(q[:, heads], k[:, heads], v[:, heads], padding)
+        def share(part):
+            out[part] = of_few_or_many(*(x if x is None else x[part] for x in (q, k, v, padding)))
 
-        team.run([partial(share, heads) for heads in team.cut(q.shape[1])])
+        texts = [(part,) for part in team.cut(len(q))]
+        heads = [(slice(None), part) for part in team.cut(q.shape[1])]
+        team.run([partial(share, part) for part in (texts if len(q) >= N_TEXTS_SHARED else heads)])
         return out
 
     return in_shares
