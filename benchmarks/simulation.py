@@ -17,6 +17,7 @@ from speculative import MAX_DRAFT, DraftModel
 
 PUBLISHED_ACCEPTANCE = 0.73  # of 124M's guesses for 1558M: 40 tokens in about 13.6 passes at 4 guesses
 LENGTHS = (1, 2, 3, 4, 5, 6, 10)
+N_STEPS = 10
 
 
 def expected_tokens(n):
@@ -82,14 +83,20 @@ class Simulation:
         for model in (self.target, self.draft):
             model.passes.pack()
 
-    def with_length(self, n, n_tokens, step, seed) -> Measured:
-        """Rounds of n guesses, with packed weights; `step` is the seconds of a plain one."""
+    def step(self, n_tokens=N_STEPS) -> float:
+        """Seconds of a plain step, taken before each of the measurements below: the machine's speed changes."""
+        return self.timed(n_tokens)[1] / (n_tokens - 1)
+
+    def with_length(self, n, n_tokens, seed) -> Measured:
+        """Rounds of n guesses, with packed weights."""
+        step = self.step()
         seconds, n_guesses, is_identical = self.rounds(n_tokens, self.drafter(n, seed))
         a_round = float(np.median(seconds[n_guesses == n]))
         return Measured(expected_tokens(n) * step / a_round, is_identical, a_round, n)
 
-    def with_adaptive(self, step, seed) -> Measured:
+    def with_adaptive(self, seed) -> Measured:
         """The second half of a text, with packed weights, where the length has settled."""
+        step = self.step()
         seconds, n_guesses, is_identical = self.rounds(
             self.n_tokens, Adaptive(self.drafter(MAX_DRAFT, seed), MAX_DRAFT)
         )
@@ -99,26 +106,21 @@ class Simulation:
         speedup = expected_tokens(n_guesses).sum() * step / seconds.sum()
         return Measured(speedup, is_identical, n_guesses=n_guesses.mean())
 
-    def whole_text(self, n_tokens, step, seed) -> Measured:
+    def whole_text(self, n_tokens, seed) -> Measured:
         """A text after its first token, packing included if it is done."""
+        step = self.step()
         self.unpack()
         pays = self.target.passes.few_rows_pay
         ids, seconds = self.timed(n_tokens, Adaptive(self.drafter(MAX_DRAFT, seed), MAX_DRAFT, pays))
         return Measured(step * (n_tokens - 1) / seconds, self.is_plain(ids))
 
     def turn(self, n_short: int, number: int) -> dict[int | str, Measured]:
-        """Everything once: plain decoding (0), each draft length, adaptive lengths, and whole texts.
-
-        Plain decoding never packs weights, so it is timed without.
-        """
-        self.unpack()
-        ids, seconds = self.timed(n_short)
-        step = seconds / (n_short - 1)
-        turn: dict[int | str, Measured] = {0: Measured(1.0, self.is_plain(ids), step)}
+        """Everything once: plain decoding (0), each draft length, adaptive lengths, and whole texts."""
+        turn: dict[int | str, Measured] = {0: Measured(1.0, self.is_plain(self.timed(n_short)[0]), self.step(n_short))}
         self.pack()
         for n in LENGTHS:
-            turn[n] = self.with_length(n, n_short, step, 100 * number + n)
-        turn["adaptive"] = self.with_adaptive(step, number)
+            turn[n] = self.with_length(n, n_short, 100 * number + n)
+        turn["adaptive"] = self.with_adaptive(number)
         for n in (n_short, self.n_tokens):
-            turn[f"a text of {n} tokens, packing included"] = self.whole_text(n, step, number)
+            turn[f"a text of {n} tokens, packing included"] = self.whole_text(n, number)
         return turn

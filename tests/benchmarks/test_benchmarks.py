@@ -75,18 +75,19 @@ def test_acceptance_tries_each_length_and_whole_texts(tmp_path):
     assert all(row["identical"] == "True" and float(row["speedup"]) > 0 for row in rows)
 
 
-def test_acceptance_is_relative_to_steps_without_packed_weights(monkeypatch):
+def test_acceptance_is_relative_to_plain_steps_just_before(monkeypatch):
     simulation = Simulation(random_model(n_ctx=64), random_model(n_ctx=64), 40)
-    was_packed, timed = [], simulation.timed
+    drafted, timed = [], simulation.timed
 
-    def noted(*args):
-        was_packed.append(simulation.target.passes.weights.is_packed)
-        return timed(*args)
+    def noted(n_tokens, drafter=None):
+        drafted.append((drafter is not None, simulation.target.passes.weights.is_packed))
+        return timed(n_tokens, drafter)
 
     monkeypatch.setattr(simulation, "timed", noted)
     turn = simulation.turn(30, 1)
-    assert was_packed[0] is False and all(was_packed[1:-2]) and was_packed[-2:] == [False, False]
     assert all(measured.is_identical for measured in turn.values())
+    assert [is_drafted for is_drafted, _ in drafted] == [False, False] + [False, True] * (len(turn) - 1)
+    assert [is_packed for is_drafted, is_packed in drafted if is_drafted] == [True] * (len(turn) - 3) + [False] * 2
 
 
 def test_cache_has_every_point(tmp_path):
