@@ -17,7 +17,7 @@ from speculative import MAX_DRAFT, DraftModel
 
 PUBLISHED_ACCEPTANCE = 0.73  # of 124M's guesses for 1558M: 40 tokens in about 13.6 passes at 4 guesses
 LENGTHS = (1, 2, 3, 4, 5, 6, 10)
-N_STEPS = 10
+N_STEPS = 10  # plain ones, of which the first makes the prompt's pass
 
 
 def expected_tokens(n):
@@ -83,9 +83,9 @@ class Simulation:
         for model in (self.target, self.draft):
             model.passes.pack()
 
-    def step(self, n_tokens=N_STEPS) -> float:
+    def step(self) -> float:
         """Seconds of a plain step, taken before each of the measurements below: the machine's speed changes."""
-        return self.timed(n_tokens)[1] / (n_tokens - 1)
+        return self.timed(N_STEPS)[1] / (N_STEPS - 1)
 
     def with_length(self, n, n_tokens, seed) -> Measured:
         """Rounds of n guesses, with packed weights."""
@@ -116,7 +116,8 @@ class Simulation:
 
     def turn(self, n_short: int, number: int) -> dict[int | str, Measured]:
         """Everything once: plain decoding (0), each draft length, adaptive lengths, and whole texts."""
-        turn: dict[int | str, Measured] = {0: Measured(1.0, self.is_plain(self.timed(n_short)[0]), self.step(n_short))}
+        ids, seconds = self.timed(n_short)
+        turn: dict[int | str, Measured] = {0: Measured(1.0, self.is_plain(ids), seconds / (n_short - 1))}
         self.pack()
         for n in LENGTHS:
             turn[n] = self.with_length(n, n_short, 100 * number + n)

@@ -98,9 +98,8 @@ def tiled(attend):
         def share(part):
             out[part] = of_few_or_many(*(x if x is None else x[part] for x in (q, k, v, padding)))
 
-        texts = [(part,) for part in team.cut(len(q))]
-        heads = [(slice(None), part) for part in team.cut(q.shape[1])]
-        team.run([partial(share, part) for part in (texts if len(q) >= N_TEXTS_SHARED else heads)])
+        texts = () if len(q) >= N_TEXTS_SHARED else (slice(None),)  # all of them, and some of the heads
+        team.run([partial(share, (*texts, part)) for part in team.cut(q.shape[len(texts)])])
         return out
 
     return in_shares

@@ -78,10 +78,10 @@ def streamed(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]; OpenBLAS's kernel
     blocks = side_by_side(x, n_deep)
     y = np.zeros((n_panels * width, blocks.shape[1] * blocks.shape[3]), np.float32)
     find().multiply(blocks.ctypes.data, y.shape[1], y.ctypes.data, matrix.jobs)
-    out = np.empty((len(x), matrix.shape[1]), np.float32)
+    y, out = y[: matrix.shape[1], : len(x)], np.empty((len(x), matrix.shape[1]), np.float32)
     for start in range(0, len(y), N_TURNED):
         some = slice(start, start + N_TURNED)
-        out[:, some] = y[some, : len(x)].T[:, : out.shape[1] - start]
+        out[:, some] = y[some].T
     return out
 
 

@@ -86,7 +86,7 @@ def test_acceptance_is_relative_to_plain_steps_just_before(monkeypatch):
     monkeypatch.setattr(simulation, "timed", noted)
     turn = simulation.turn(30, 1)
     assert all(measured.is_identical for measured in turn.values())
-    assert [is_drafted for is_drafted, _ in drafted] == [False, False] + [False, True] * (len(turn) - 1)
+    assert [is_drafted for is_drafted, _ in drafted] == [False] + [False, True] * (len(turn) - 1)
     assert [is_packed for is_drafted, is_packed in drafted if is_drafted] == [True] * (len(turn) - 3) + [False] * 2
 
 
