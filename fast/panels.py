@@ -3,7 +3,7 @@
 Before BLAS calls its inner kernel, it copies ("packs") both matrices of a product, and while it packs it computes
 nothing: for few rows that takes longer than the product. NumPy has no way to keep the packed copy. So it is made here,
 once, and the kernel is called on it directly (server.py): panels [depth, width] stream from memory through the kernel,
-and 8 rows take as long as one (docs/performance.md).
+and 8 rows take as long as one, with AVX-512 16 (docs/performance.md).
 """
 
 import time
@@ -11,11 +11,10 @@ from functools import partial
 
 import numpy as np
 
-from fast.server import N_ROWS, WIDTH, find, jobs_of
+from fast.server import WIDTH, find, jobs_of, side_by_side
 from fast.threads import N_PYTHON, cut, team
 
-N_SIDE_BY_SIDE = 3  # panels that the kernel reads at once
-MAX_DEPTH = 1600  # rows of w in a panel
+N_SIDE_BY_SIDE = 6  # panels that the AVX-512 kernel reads at once; that of AVX2 reads 3
 N_TURNED = 2048  # columns of a result, which stay in the cache while they are turned: of 32 x 50257 in 2.5 ms, not 4.3
 
 
@@ -56,9 +55,9 @@ class Matrix:
 def count_deep(n_in: int) -> int:
     """Into how many pieces panels are cut: the kernel rounds after each product, so errors grow with the depth.
 
-    Less than 600 deep, panels take longer: each is a new run for the processor to fetch ahead.
+    Each panel is a new run for the processor to fetch ahead, so shallow ones take longer.
     """
-    return next((n for n in range(1, 17) if n_in % n == 0 and n_in // n <= MAX_DEPTH), 1)
+    return next((n for n in range(1, 17) if n_in % n == 0 and n_in // n <= find().kernel.max_depth), 1)
 
 
 def panels_shape(w):  # [n_in, n_out] -> n_deep, n_panels, n_in / n_deep, width
@@ -66,16 +65,9 @@ def panels_shape(w):  # [n_in, n_out] -> n_deep, n_panels, n_in / n_deep, width
     return n_deep, -(-w.shape[1] // WIDTH), len(w) // n_deep, WIDTH
 
 
-def side_by_side(x, n_deep):  # [n_rows, n_in] -> [n_deep, n_blocks, n_in / n_deep, 1, 2, 4 or 8]: rows, then zeros
-    n_lanes = min(N_ROWS, 1 << (len(x) - 1).bit_length())
-    if n_more := -len(x) % n_lanes:
-        x = np.concatenate([x, np.zeros((n_more, x.shape[1]), x.dtype)])
-    return np.array(x.reshape(-1, n_lanes, n_deep, x.shape[1] // n_deep).transpose(2, 0, 3, 1), order="C")
-
-
 def streamed(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]; OpenBLAS's kernel reads the panels as they lie
     n_deep, n_panels, _, width = matrix.panels.shape
-    blocks = side_by_side(x, n_deep)
+    blocks = side_by_side(x, find().kernel.n_lanes, n_deep)
     y = np.zeros((n_panels * width, blocks.shape[1] * blocks.shape[3]), np.float32)
     find().multiply(blocks.ctypes.data, y.shape[1], y.ctypes.data, matrix.jobs)
     y, out = y[: matrix.shape[1], : len(x)], np.empty((len(x), matrix.shape[1]), np.float32)

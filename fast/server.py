@@ -6,32 +6,50 @@ them are private. So they are looked up, both known layouts of their queue are t
 sent, and products be right, before any of it is used. Otherwise `find` returns None, and products are plain.
 
 The queue is blas_queue_t of OpenBLAS's common_thread.h, the arguments are blas_arg_t of its common.h. Its server
-(driver/others/blas_server.c, legacy_exec) calls a routine with m, n, k, alpha, a, lda, b, ldb, and the kernel
-(kernel/x86_64/sgemm_kernel_8x4_haswell_2.c) takes these for m, n, k, alpha, A, B, C, ldc.
+(driver/others/blas_server.c, legacy_exec) calls a routine with m, n, k, alpha, a, lda, b, ldb. The kernels take these
+for m, n, k, alpha, A, B, C, ldc (kernel/x86_64/sgemm_kernel_8x4_haswell_2.c and sgemm_kernel_16x4_skylakex_3.c).
 """
 
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import copy_context
 from ctypes import CFUNCTYPE, addressof, c_float, c_int, c_int64, c_void_p, cast
 from functools import lru_cache, partial
-from itertools import count, pairwise
+from itertools import count, pairwise, product
+from typing import NamedTuple
 
 import numpy as np
 
 from fast.library import blas
 from fast.symbols import addresses
 
-CORES = {"haswell", "zen", "skylakex", "cooperlake", "sapphirerapids"}  # OpenBLAS's names of those that have AVX2
-KERNEL = "sgemm_kernel_HASWELL"
 OTHERS = ["exec_blas", "exec_blas_async", "exec_blas_async_wait", "blas_num_threads"]
 LAYOUTS = ((8, 20), (9, 21))  # words of 8 bytes before `next` and `mode`: OpenBLAS 0.3.29 to 0.3.34.0; 0.3.34.237
 ARGS, N_ARGS = 3, 16  # words before the pointer to the arguments, and of these
 A, C, ALPHA, M, N, K, B, LDC = 0, 1, 4, 6, 7, 8, 9, 10  # of these, by the kernel's names: C [n, m] += A [k, m] B [k, n]
 KERNEL_MODE, PYTHON_MODE = 0x8002, 0x4000  # BLAS_LEGACY | BLAS_SINGLE, BLAS_PTHREAD
-N_ROWS, WIDTH = 8, 4  # rows of x and columns of w that lie side by side for the kernel
+WIDTH = 4  # columns of w that lie side by side for a kernel
 ONE = c_float(1)
+
+
+class Kernel(NamedTuple):
+    """What multiplies panels, and what suits it (docs/performance.md)."""
+
+    name: str
+    n_lanes: int  # rows of x that lie side by side
+    max_depth: int  # of a panel
+
+
+AVX2, AVX512 = Kernel("sgemm_kernel_HASWELL", 8, 1600), Kernel("sgemm_kernel_SKYLAKEX", 16, 400)
+KERNELS = {  # the first that works, by OpenBLAS's names of processors
+    "haswell": (AVX2,),
+    "zen": (AVX2,),
+    "skylakex": (AVX512, AVX2),
+    "cooperlake": (AVX512, AVX2),
+    "sapphirerapids": (AVX512, AVX2),
+}
 
 calls: dict[int, Callable] = {}  # that threads are about to make, by a number that stands for one in a queue
 numbers = count(1)
@@ -57,6 +75,14 @@ class Queue:
         self.words[:, :-1, at_next] = addresses[:, 1:]
 
 
+def side_by_side(x, n_lanes, n_deep):  # [n_rows, n_in] -> [n_deep, n_blocks, n_in / n_deep, n_lanes], or 1, 2, 4 ...
+    """Rows as a kernel reads them, so many side by side, or the next power of two if there are fewer, then zeros."""
+    n_lanes = min(n_lanes, 1 << (len(x) - 1).bit_length())
+    if n_more := -len(x) % n_lanes:
+        x = np.concatenate([x, np.zeros((n_more, x.shape[1]), x.dtype)])
+    return np.array(x.reshape(-1, n_lanes, n_deep, x.shape[1] // n_deep).transpose(2, 0, 3, 1), order="C")
+
+
 def jobs_of(panels, parts: list[slice]) -> np.ndarray:  # -> int64[n_turns, n_jobs, N_ARGS, 4]
     """The arguments to multiply x and panels, [n_turns, n_panels, depth, WIDTH], each job some of the panels.
 
@@ -77,8 +103,9 @@ def jobs_of(panels, parts: list[slice]) -> np.ndarray:  # -> int64[n_turns, n_jo
 class Server(threading.local):
     """What hands jobs to OpenBLAS's threads."""
 
-    def __init__(self, layout: tuple[int, int], kernel: int, execute: int, start: int, wait: int, n_threads: int):
-        self.layout, self.kernel = layout, kernel
+    def __init__(self, kernel: Kernel, layout: tuple[int, int], routine: int, *addresses: int):
+        self.kernel, self.layout, self.routine = kernel, layout, routine
+        execute, start, wait, n_threads = addresses  # of OTHERS
         to_do = CFUNCTYPE(c_int, c_int64, c_int64)  # (number of jobs, the queue's address)
         self.execute, self.start, self.wait = to_do(execute), to_do(start), to_do(wait)
         self.n_started = c_int.from_address(n_threads)
@@ -95,9 +122,9 @@ class Server(threading.local):
         return self.queues[size_and_mode]
 
     def multiply(self, x, n_rows, y, jobs) -> None:  # addresses of x and y
-        """Add to y the product of x, which lies as panels.side_by_side has it, and the panels that `jobs` are of."""
+        """Add to y the product of x, which lies as side_by_side has it, and the panels that `jobs` are of."""
         n_turns, n_jobs, _, _ = jobs.shape
-        queue = self.queue(n_turns, n_jobs, KERNEL_MODE, self.kernel)
+        queue = self.queue(n_turns, n_jobs, KERNEL_MODE, self.routine)
         np.matmul(jobs, (1, n_rows, x, y), out=queue.args)
         for address in queue.turns:
             self.execute(n_jobs, address)
@@ -163,9 +190,9 @@ def arrive(server: Server) -> bool:
 def is_right(server: Server) -> bool:
     """Whether its products are."""
     some = np.cos(np.arange(1 << 12, dtype=np.float32))  # importing numpy.random takes 20 ms
-    for n_rows, n_panels, depth in ((8, 7, 40), (24, 6, 20), (16, 2, 50), (4, 5, 9), (2, 3, 70), (1, 9, 50)):
+    for n_rows, n_panels, depth in ((8, 7, 40), (32, 6, 20), (16, 2, 50), (4, 5, 9), (2, 3, 70), (1, 9, 50)):
         x, panels = np.resize(some, (n_rows, 2 * depth)), np.resize(some[7:], (2, n_panels, depth, WIDTH))
-        blocks = np.array(x.reshape(-1, min(N_ROWS, n_rows), 2, depth).transpose(2, 0, 3, 1), order="C")
+        blocks = side_by_side(x, server.kernel.n_lanes, 2)
         y = np.zeros((n_panels * WIDTH, n_rows), np.float32)
         edges = (0, n_panels // 2, n_panels) if server.n_threads > 1 else (0, n_panels)
         jobs = jobs_of(panels, [slice(*edge) for edge in pairwise(edges)])
@@ -179,11 +206,11 @@ def is_right(server: Server) -> bool:
 def find() -> Server | None:
     """OpenBLAS's threads and kernel, or None where anything about them is not as expected."""
     library = blas.controller
-    if getattr(library, "threading_layer", "") != "pthreads" or library.architecture.lower() not in CORES:
+    if getattr(library, "threading_layer", "") != "pthreads":
         return None
-    try:
-        found = addresses([KERNEL, *OTHERS], library.filepath)
-    except (OSError, LookupError, ValueError, struct.error):
-        return None
-    servers = (Server(layout, *found) for layout in LAYOUTS)
-    return next((server for server in servers if arrive(server) and is_right(server)), None)
+    for kernel, layout in product(KERNELS.get(library.architecture.lower(), ()), LAYOUTS):
+        with suppress(OSError, LookupError, ValueError, struct.error):  # it has no such function
+            server = Server(kernel, layout, *addresses([kernel.name, *OTHERS], library.filepath))
+            if arrive(server) and is_right(server):
+                return server
+    return None

@@ -11,7 +11,7 @@ from helpers import random_model, run, shared_out
 
 import fast
 from fast import server
-from fast.panels import Matrix, panels_shape, side_by_side, streamed
+from fast.panels import Matrix, panels_shape, streamed
 from fast.symbols import addresses
 from fast.threads import blas
 
@@ -30,7 +30,7 @@ def found_in(monkeypatch, path, core="Haswell", layer="pthreads"):
 
 @pytest.mark.skipif(not IS_WHEEL, reason="only NumPy's own packages for Linux are sure to have it")
 def test_the_wheels_of_numpy_have_all_that_is_needed():
-    assert (server.find() is not None) == (blas.controller.architecture.lower() in server.CORES)
+    assert (server.find() is not None) == (blas.controller.architecture.lower() in server.KERNELS)
 
 
 @pytest.mark.skipif(not IS_WHEEL, reason="an ELF file is needed")
@@ -45,19 +45,28 @@ def test_a_function_is_where_the_linker_says():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def server_with(kernel):
+    """What hands it to OpenBLAS's threads, whether or not OpenBLAS would choose it for this processor."""
+    with open("/proc/cpuinfo") as f:
+        if kernel == server.AVX512 and " avx512f " not in f.read():
+            pytest.skip("this processor has no AVX-512")
+    return server.Server(kernel, server.find().layout, *addresses([kernel.name, *server.OTHERS], LIBRARY))
+
+
 @found_only
-@pytest.mark.parametrize("n_rows", [1, 2, 4, 8, 16, 24, 32])
+@pytest.mark.parametrize("kernel", [server.AVX2, server.AVX512], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("n_rows", [1, 2, 4, 8, 16, 32, 48])
 @pytest.mark.parametrize("n_columns", [4, 8, 12, 20, 60])
 @pytest.mark.parametrize("depth", [1, 7, 8, 64, 769])
-def test_it_adds_the_product_and_touches_nothing_else(n_rows, n_columns, depth):
+def test_it_adds_the_product_and_touches_nothing_else(n_rows, n_columns, depth, kernel):
     rng = np.random.default_rng(depth)
     x, w = rng.standard_normal((n_rows, depth), np.float32), rng.standard_normal((depth, n_columns), np.float32)
     panels = np.array(w.reshape(1, depth, -1, server.WIDTH).swapaxes(1, 2), order="C")
-    blocks = side_by_side(x, 1)
+    blocks = server.side_by_side(x, kernel.n_lanes, 1)
     around = np.full((n_columns + 20, n_rows), 5, np.float32)
     y = around[10:-10]
     jobs = server.jobs_of(panels, [slice(0, panels.shape[1])])
-    server.find().multiply(blocks.ctypes.data, n_rows, y.ctypes.data, jobs)
+    server_with(kernel).multiply(blocks.ctypes.data, n_rows, y.ctypes.data, jobs)
     assert (around[:10] == 5).all() and (around[-10:] == 5).all()
     np.testing.assert_allclose(y.T, x @ w + 5, rtol=0, atol=1e-5 * depth**0.5 + 1e-5)
 
@@ -99,7 +108,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(argument, monkeypatch
 def test_jobs_arrive_with_the_layout_of_this_library_alone(layout):
     right = server.find()
     pointers = [ctypes.cast(function, ctypes.c_void_p).value for function in (right.execute, right.start, right.wait)]
-    other = server.Server(layout, right.kernel, *pointers, ctypes.addressof(right.n_started))
+    other = server.Server(right.kernel, layout, right.routine, *pointers, ctypes.addressof(right.n_started))
     assert server.arrive(other) == (layout == right.layout)
 
 
@@ -114,12 +123,20 @@ def test_no_library_or_one_without_it_is_no_error(tmp_path, monkeypatch):
         (tmp_path / str(i)).write_bytes(content)
         assert found_in(monkeypatch, tmp_path / str(i)) is None  # the whole one is not loaded from there either
     assert found_in(monkeypatch, tmp_path / "missing") is None
-    for name in ("KERNEL", "LAYOUTS"):
+    unknown = {"haswell": [server.AVX2._replace(name="sgemm_kernel_OF_THE_FUTURE")]}
+    for name, value in (("KERNELS", unknown), ("LAYOUTS", [(10, 22)])):
         with monkeypatch.context() as patched:
-            patched.setattr(server, name, "sgemm_kernel_OF_THE_FUTURE" if name == "KERNEL" else [(10, 22)])
+            patched.setattr(server, name, value)
             assert found_in(patched, LIBRARY) is None
     monkeypatch.setattr(server, "blas", SimpleNamespace(controller=None))
     assert server.find.__wrapped__() is None
+
+
+@found_only
+def test_the_next_kernel_takes_the_place_of_one_that_is_missing(monkeypatch):
+    kernels = [server.AVX512._replace(name="sgemm_kernel_OF_THE_FUTURE"), server.AVX2]
+    monkeypatch.setattr(server, "KERNELS", {"skylakex": kernels})
+    assert found_in(monkeypatch, LIBRARY, "SkylakeX").kernel == server.AVX2
 
 
 @pytest.mark.parametrize(
