@@ -38,13 +38,16 @@ class Simulation:
     def __init__(self, target: gpt2.Model, draft: gpt2.Model, n_tokens: int):
         self.target, self.draft = target, draft
         self.n_tokens = n_tokens
-        self.prompt = random_ids(target, 10)
+        self.prompt, self.plain_ids = random_ids(target, 10), []
         self.plain_ids, _ = self.timed(n_tokens)
 
-    def timed(self, n_tokens, drafter=None):
-        """(ids, seconds after the first of them, which takes a pass over the prompt with any drafter)"""
+    def timed(self, n_tokens, drafter=None, n_before=0):
+        """(ids, seconds after the first of them, which takes a pass over the prompt with any drafter)
+
+        The prompt has n_before tokens of the plain text, too.
+        """
         started, ids = 0.0, []
-        for i in gpt2.generate(self.target, self.prompt, n_tokens, draft=drafter):
+        for i in gpt2.generate(self.target, self.prompt + self.plain_ids[:n_before], n_tokens, draft=drafter):
             started = started or time.perf_counter()
             ids.append(i)
         return ids, time.perf_counter() - started
@@ -83,20 +86,23 @@ class Simulation:
         for model in (self.target, self.draft):
             model.passes.pack()
 
-    def step(self) -> float:
-        """Seconds of a plain step, taken before each of the measurements below: the machine's speed changes."""
-        return self.timed(N_STEPS)[1] / (N_STEPS - 1)
+    def step(self, position: int) -> float:
+        """Seconds of a plain step, taken just before what it is compared to: the machine's speed changes.
+
+        The steps are about `position`, the middle of the text that is measured: later ones attend to more tokens.
+        """
+        return self.timed(N_STEPS, n_before=max(0, position - N_STEPS // 2))[1] / (N_STEPS - 1)
 
     def with_length(self, n, n_tokens, seed) -> Measured:
         """Rounds of n guesses, with packed weights."""
-        step = self.step()
+        step = self.step(n_tokens // 2)
         seconds, n_guesses, is_identical = self.rounds(n_tokens, self.drafter(n, seed))
         a_round = float(np.median(seconds[n_guesses == n]))
         return Measured(expected_tokens(n) * step / a_round, is_identical, a_round, n)
 
     def with_adaptive(self, seed) -> Measured:
         """The second half of a text, with packed weights, where the length has settled."""
-        step = self.step()
+        step = self.step(3 * self.n_tokens // 4)
         seconds, n_guesses, is_identical = self.rounds(
             self.n_tokens, Adaptive(self.drafter(MAX_DRAFT, seed), MAX_DRAFT)
         )
@@ -107,12 +113,12 @@ class Simulation:
         return Measured(speedup, is_identical, n_guesses=n_guesses.mean())
 
     def whole_text(self, n_tokens, seed) -> Measured:
-        """A text after its first token, packing included if it is done."""
-        step = self.step()
+        """A text after its first token, packing included if it is done, against the plain text just before."""
+        _, plain_seconds = self.timed(n_tokens)
         self.unpack()
         pays = self.target.passes.few_rows_pay
         ids, seconds = self.timed(n_tokens, Adaptive(self.drafter(MAX_DRAFT, seed), MAX_DRAFT, pays))
-        return Measured(step * (n_tokens - 1) / seconds, self.is_plain(ids))
+        return Measured(plain_seconds / seconds, self.is_plain(ids))
 
     def turn(self, n_short: int, number: int) -> dict[int | str, Measured]:
         """Everything once: plain decoding (0), each draft length, adaptive lengths, and whole texts."""

@@ -14,7 +14,7 @@ from benchmarks import __main__ as program
 from benchmarks.explain import PARTS, replaced
 from benchmarks.measure import FOLDER, draw_bars, load_or_random, report
 from benchmarks.peers import PEERS, PlainNumPy, installed_peers, plain_forward
-from benchmarks.simulation import Simulation
+from benchmarks.simulation import LENGTHS, N_STEPS, Simulation
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed; the tables need it for their pictures")
 pytestmark = pytest.mark.xdist_group("matplotlib")
@@ -77,17 +77,19 @@ def test_acceptance_tries_each_length_and_whole_texts(tmp_path):
 
 def test_acceptance_is_relative_to_plain_steps_just_before(monkeypatch):
     simulation = Simulation(random_model(n_ctx=64), random_model(n_ctx=64), 40)
-    drafted, timed = [], simulation.timed
+    drafted, starts, timed = [], [], simulation.timed
 
-    def noted(n_tokens, drafter=None):
+    def noted(n_tokens, drafter=None, n_before=0):
         drafted.append((drafter is not None, simulation.target.passes.weights.is_packed))
-        return timed(n_tokens, drafter)
+        starts.append(n_before)
+        return timed(n_tokens, drafter, n_before)
 
     monkeypatch.setattr(simulation, "timed", noted)
     turn = simulation.turn(30, 1)
     assert all(measured.is_identical for measured in turn.values())
     assert [is_drafted for is_drafted, _ in drafted] == [False] + [False, True] * (len(turn) - 1)
     assert [is_packed for is_drafted, is_packed in drafted if is_drafted] == [True] * (len(turn) - 3) + [False] * 2
+    assert starts[1:-4:2] == [15 - N_STEPS // 2] * len(LENGTHS) + [30 - N_STEPS // 2]  # halfway, of 30 and late in 40
 
 
 def test_cache_has_every_point(tmp_path):
