@@ -9,6 +9,7 @@ import gpt2
 from benchmarks.measure import draw_bars, in_turn, load_or_random, milliseconds, random_ids, report, stream
 from benchmarks.peers import N_STEPS, installed_peers
 from console.stats import n_bytes
+from fast import Passes
 
 THIS, STREAM = "this program", "stream of the weights"
 
@@ -92,18 +93,18 @@ def prefill(model_size: str = "random:124M", models_dir: str | None = None, *, n
 # Several rows
 # ----------------------------------------------------------------------------------------------------------------------
 
-COUNTS = (1, 2, 3, 4, 5, 6, 8, 16, 32, 64)
+COUNTS = ((1, 2, 3, 4, 5, 6, 8), (16, 32, 64))  # weights are packed for the first of them, then for the others
 N_DRAFTED = 4  # steps of a draft before a check
 
 
-def row_actions(model: gpt2.Model, draft: gpt2.Model, position: int) -> dict:
-    """For in_turn, by (number of rows, kind): step, after_draft and plain. The weights are packed before."""
-    ids = random_ids(model, position + max(COUNTS))
+def row_actions(model: gpt2.Model, draft: gpt2.Model, position: int, counts: tuple) -> dict:
+    """For in_turn, by (number of rows, kind): step, after_draft and plain. The weights are packed for these before."""
+    ids = random_ids(model, position + max(counts))
     cache, draft_cache = model.new_cache(), draft.new_cache()
     model.forward([ids[:position]], cache)
     draft.forward([ids[:1]], draft_cache)
-    for each in (model, draft):
-        each.passes.pack()
+    model.passes = Passes(model.params)
+    model.passes.pack(counts[-1])
 
     def step(n, forward=model.forward):
         cache.length = position
@@ -120,7 +121,9 @@ def row_actions(model: gpt2.Model, draft: gpt2.Model, position: int) -> dict:
     def plain(n):
         step(n, partial(model.gpt2, **model.params))
 
-    return {(n, kind.__name__): partial(kind, n) for n in COUNTS for kind in (step, after_draft, plain)}
+    return {
+        (n, kind.__name__): partial(kind, n) for n in dict.fromkeys((1, *counts)) for kind in (step, after_draft, plain)
+    }
 
 
 def draw_rows(table: list[dict], title: str, axes) -> None:
@@ -129,7 +132,9 @@ def draw_rows(table: list[dict], title: str, axes) -> None:
         ("after_draft_ratio", "x:", "after steps of a draft"),
         ("plain_ratio", "s--", "x @ w"),
     ):
-        axes.plot(COUNTS, [row[column] for row in table if column in row], style, label=label)
+        axes.plot(
+            *zip(*((row["rows"], row[column]) for row in table if column in row), strict=True), style, label=label
+        )
     axes.set(xlabel="rows", ylabel="times one row", ylim=0, title=title)
     axes.legend(frameon=False)
 
@@ -148,14 +153,15 @@ def rows(
     """
     model = load_or_random(model_size, models_dir)
     draft = model if draft_model_size == model_size else load_or_random(draft_model_size, models_dir)
-    times = in_turn({"stream": stream(model)} | row_actions(model, draft, position), n_times)
-    one_row, ways = np.median(times[1, "step"]), model.passes.weights.ways
     table = []
-    for n in COUNTS:
-        row = {"rows": n} | milliseconds(times[n, "step"])
-        for column, kind in (("ratio", "step"), ("after_draft_ratio", "after_draft"), ("plain_ratio", "plain")):
-            row[column] = round(np.median(times[n, kind]) / one_row, 2)
-        table.append(row | {"way": ways[n].__name__ if n in ways else "x @ w"})
+    for counts in COUNTS:
+        actions = {"stream": stream(model)} | row_actions(model, draft, position, counts)
+        times, ways = in_turn(actions, n_times), model.passes.weights.ways
+        for n in counts:
+            row = {"rows": n} | milliseconds(times[n, "step"])
+            for column, kind in (("ratio", "step"), ("after_draft_ratio", "after_draft"), ("plain_ratio", "plain")):
+                row[column] = round(np.median(times[n, kind]) / np.median(times[1, "step"]), 2)
+            table.append(row | {"way": ways[n].__name__ if n in ways else "x @ w"})
     table.append({"rows": "stream, 1"} | milliseconds(times["stream"]))
     report("rows", table, partial(draw_rows, table, f"{model_size}: a step of several rows"))
 
@@ -179,17 +185,18 @@ def batch(model_size: str = "random:124M", models_dir: str | None = None, *, n_t
     Batches use packed weights; texts one after another use plain products, as plain decoding does.
     """
     model = load_or_random(model_size, models_dir)
-    plain = gpt2.Model(model.hparams, model.params)
-    model.passes.pack()
+    few, many = (gpt2.Model(model.hparams, model.params) for _ in COUNTS)
+    for each, counts in zip((few, many), COUNTS, strict=True):
+        each.passes.pack(counts[-1])
     ids = random_ids(model, 20 * max(PROMPT_COUNTS))
     prompts = [ids[20 * i : 20 * i + 5 + 7 * i % 16] for i in range(max(PROMPT_COUNTS))]
     texts = {}
 
     def together(n):
-        texts[n] = gpt2.generate_batch(model, prompts[:n], n_tokens)
+        texts[n] = gpt2.generate_batch(few if n in COUNTS[0] else many, prompts[:n], n_tokens)
 
     def one_by_one():
-        texts["alone"] = [list(gpt2.generate(plain, prompt, n_tokens)) for prompt in prompts[:N_ALONE]]
+        texts["alone"] = [list(gpt2.generate(model, prompt, n_tokens)) for prompt in prompts[:N_ALONE]]
 
     actions = {"alone": one_by_one} | {n: partial(together, n) for n in PROMPT_COUNTS}
     times = in_turn(actions, n_times, is_warm=True)

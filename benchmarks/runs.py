@@ -145,7 +145,7 @@ def runs(
     of new tokens, whichever is faster.
     """
     model = load_or_random(model_size, models_dir)
-    model.passes.pack()
+    model.passes.pack(32)  # rows, the default of python -m batch
     others = [peer for peer in installed_peers(model) if not isinstance(peer, PlainNumPy)] if peers else []
     table = []
     with ExitStack() as stack:

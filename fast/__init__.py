@@ -47,11 +47,11 @@ class Passes:
     def team(self):
         return team.of(min(self.n_threads, find().n_threads))
 
-    def pack(self) -> None:
-        """Pack the weights now, if that can be."""
+    def pack(self, n_rows: int = 1) -> None:
+        """Pack the weights now, if that can be, for passes of so many rows."""
         if self.can_share():
             with self.team():
-                self.weights.pack()
+                self.weights.pack(n_rows)
 
     def __call__(self, gpt2, tokens, cache, n_last, plainly):  # int[n_batch, n_new] -> [n_batch, n_last, n_vocab]
         """gpt2(tokens, cache, n_last, **params)"""

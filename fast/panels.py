@@ -11,10 +11,11 @@ from functools import partial
 
 import numpy as np
 
-from fast.server import WIDTH, find, jobs_of, side_by_side
+from fast.server import find, jobs_of
 from fast.threads import N_PYTHON, cut, team
 
-N_SIDE_BY_SIDE = 6  # panels that the AVX-512 kernel reads at once; that of AVX2 reads 3
+N_SIDE_BY_SIDE = 6  # panels that a kernel reads at once, or a divisor of it
+MAX_DEEP = 64  # pieces of a panel
 N_TURNED = 2048  # columns of a result, which stay in the cache while they are turned: of 32 x 50257 in 2.5 ms, not 4.3
 
 
@@ -28,19 +29,21 @@ class Matrix:
 
     def __init__(self, w, ways: dict):
         self.w, self.ways, self.shape = w, ways, w.shape
-        self.panels = self.jobs = None
+        self.kernel = self.panels = self.jobs = None
         self.parts: list[slice] = []  # of the panels, one for each thread
 
     def __rmatmul__(self, x):  # [n_rows, n_in] -> [n_rows, n_out]
         return self.ways.get(len(x), as_it_lies)(x, self)
 
-    def use(self, panels, n_threads: int) -> None:  # of panels_shape(w)
-        self.panels, self.parts = panels, cut(panels.shape[1], min(n_threads, panels.shape[1]), N_SIDE_BY_SIDE)
-        self.jobs = jobs_of(panels, self.parts)
+    def use(self, kernel, panels, n_threads: int) -> None:  # of panels_shape(w, kernel)
+        self.kernel, self.panels = kernel, panels
+        self.parts = cut(panels.shape[1], min(n_threads, panels.shape[1]), N_SIDE_BY_SIDE)
+        self.jobs = jobs_of(kernel, panels, self.parts)
 
     def fill(self, part: slice) -> None:
-        panels, w = self.panels[:, part], self.w[:, part.start * WIDTH : part.stop * WIDTH]
-        n_deep, _, depth, width = panels.shape
+        width = self.kernel.width
+        panels, w = self.panels[:, part], self.w[:, part.start * width : part.stop * width]
+        n_deep, _, depth, _ = panels.shape
         n_whole, n_rest = divmod(w.shape[1], width)
         w = w.reshape(n_deep, depth, -1)
         whole, into = w[..., : n_whole * width].reshape(n_deep, depth, n_whole, width), panels[:, :n_whole]
@@ -52,28 +55,24 @@ class Matrix:
             panels[:, n_whole, :, n_rest:] = 0
 
 
-def count_deep(n_in: int) -> int:
-    """Into how many pieces panels are cut: the kernel rounds after each product, so errors grow with the depth.
-
-    Each panel is a new run for the processor to fetch ahead, so shallow ones take longer.
-    """
-    return next((n for n in range(1, 17) if n_in % n == 0 and n_in // n <= find().kernel.max_depth), 1)
+def count_deep(n_in: int, max_depth: int) -> int:
+    """Into how many pieces panels are cut: the kernel rounds after each product, so errors grow with the depth."""
+    return next((n for n in range(1, MAX_DEEP) if n_in % n == 0 and n_in // n <= max_depth), 1)
 
 
-def panels_shape(w):  # [n_in, n_out] -> n_deep, n_panels, n_in / n_deep, width
-    n_deep = count_deep(len(w))
-    return n_deep, -(-w.shape[1] // WIDTH), len(w) // n_deep, WIDTH
+def panels_shape(w, kernel):  # [n_in, n_out] -> n_deep, n_panels, n_in / n_deep, width
+    n_deep = count_deep(len(w), kernel.max_depth)
+    return n_deep, -(-w.shape[1] // kernel.width), len(w) // n_deep, kernel.width
 
 
 def streamed(x, matrix):  # [n_rows, n_in] -> [n_rows, n_out]; OpenBLAS's kernel reads the panels as they lie
-    n_deep, n_panels, _, width = matrix.panels.shape
-    blocks = side_by_side(x, find().kernel.n_lanes, n_deep)
-    y = np.zeros((n_panels * width, blocks.shape[1] * blocks.shape[3]), np.float32)
-    find().multiply(blocks.ctypes.data, y.shape[1], y.ctypes.data, matrix.jobs)
-    y, out = y[: matrix.shape[1], : len(x)], np.empty((len(x), matrix.shape[1]), np.float32)
-    for start in range(0, len(y), N_TURNED):
+    y = find().product(x, matrix.kernel, matrix.panels, matrix.jobs)[:, : matrix.shape[1]]
+    if matrix.kernel.is_left:
+        return np.ascontiguousarray(y)  # which it is, unless n_out is no multiple of the panels' width
+    out = np.empty(y.shape, np.float32)
+    for start in range(0, y.shape[1], N_TURNED):
         some = slice(start, start + N_TURNED)
-        out[:, some] = y[some].T
+        out[:, some] = y[:, some]
     return out
 
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from contextvars import copy_context
 from ctypes import CFUNCTYPE, addressof, c_float, c_int, c_int64, c_void_p, cast
 from functools import lru_cache, partial
-from itertools import count, pairwise, product
+from itertools import count, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -30,25 +30,30 @@ LAYOUTS = ((8, 20), (9, 21))  # words of 8 bytes before `next` and `mode`: OpenB
 ARGS, N_ARGS = 3, 16  # words before the pointer to the arguments, and of these
 A, C, ALPHA, M, N, K, B, LDC = 0, 1, 4, 6, 7, 8, 9, 10  # of these, by the kernel's names: C [n, m] += A [k, m] B [k, n]
 KERNEL_MODE, PYTHON_MODE = 0x8002, 0x4000  # BLAS_LEGACY | BLAS_SINGLE, BLAS_PTHREAD
-WIDTH = 4  # columns of w that lie side by side for a kernel
 ONE = c_float(1)
 
 
 class Kernel(NamedTuple):
-    """What multiplies panels, and what suits it (docs/performance.md)."""
+    """A function that multiplies matrices that are cut into panels, and how they have to lie (docs/performance.md)."""
 
     name: str
-    n_lanes: int  # rows of x that lie side by side
+    is_left: bool  # w is the matrix on its left, and results lie row by row; else on its right, and column by column
+    width: int  # columns of w that lie side by side
+    n_lanes: int  # rows of x that do
+    n_rows: int  # of x in one call, at most
     max_depth: int  # of a panel
 
 
-AVX2, AVX512 = Kernel("sgemm_kernel_HASWELL", 8, 1600), Kernel("sgemm_kernel_SKYLAKEX", 16, 400)
-KERNELS = {  # the first that works, by OpenBLAS's names of processors
-    "haswell": (AVX2,),
-    "zen": (AVX2,),
-    "skylakex": (AVX512, AVX2),
-    "cooperlake": (AVX512, AVX2),
-    "sapphirerapids": (AVX512, AVX2),
+ANY = 1 << 20
+LEFT = Kernel("sgemm_kernel_HASWELL", True, 8, 4, 8, 128)
+RIGHT = Kernel("sgemm_kernel_HASWELL", False, 4, 8, ANY, 1600)
+RIGHT_512 = Kernel("sgemm_kernel_SKYLAKEX", False, 4, 16, ANY, 400)
+KERNELS = {  # by OpenBLAS's names of processors that have AVX2, the last three AVX-512
+    "haswell": (RIGHT, LEFT),
+    "zen": (RIGHT, LEFT),
+    "skylakex": (LEFT, RIGHT_512),
+    "cooperlake": (LEFT, RIGHT_512),
+    "sapphirerapids": (LEFT, RIGHT_512),
 }
 
 calls: dict[int, Callable] = {}  # that threads are about to make, by a number that stands for one in a queue
@@ -75,36 +80,41 @@ class Queue:
         self.words[:, :-1, at_next] = addresses[:, 1:]
 
 
-def side_by_side(x, n_lanes, n_deep):  # [n_rows, n_in] -> [n_deep, n_blocks, n_in / n_deep, n_lanes], or 1, 2, 4 ...
-    """Rows as a kernel reads them, so many side by side, or the next power of two if there are fewer, then zeros."""
-    n_lanes = min(n_lanes, 1 << (len(x) - 1).bit_length())
-    if n_more := -len(x) % n_lanes:
+def side_by_side(x, kernel, n_deep):  # [n_rows, n_in] -> [n_deep, n_blocks, n_in / n_deep, 1, 2, 4 ... lanes]
+    """The rows as the kernel reads them, then rows of zeros."""
+    n_lanes = min(kernel.n_lanes, 1 << (len(x) - 1).bit_length())
+    if n_more := -len(x) % (n_lanes if len(x) <= kernel.n_rows else kernel.n_rows):
         x = np.concatenate([x, np.zeros((n_more, x.shape[1]), x.dtype)])
     return np.array(x.reshape(-1, n_lanes, n_deep, x.shape[1] // n_deep).transpose(2, 0, 3, 1), order="C")
 
 
-def jobs_of(panels, parts: list[slice]) -> np.ndarray:  # -> int64[n_turns, n_jobs, N_ARGS, 4]
-    """The arguments to multiply x and panels, [n_turns, n_panels, depth, WIDTH], each job some of the panels.
+def jobs_of(kernel, panels, parts: list[slice]) -> np.ndarray:  # -> int64[n_turns, n_jobs, N_ARGS, 6]
+    """The arguments to multiply x and panels, [n_turns, n_panels, depth, width], each job some of the panels.
 
-    They are linear in (1, n_rows, the address of x, that of y). Each turn adds the product of a part of x.
+    They are linear in 1, the number of rows, of those before this call, of those in it, and the addresses of x and y.
+    Each turn adds the product of a part of x.
     """
-    n_turns, _, depth, width = panels.shape
+    n_turns, n_panels, depth, width = panels.shape
     turns, (starts, stops) = np.arange(n_turns)[:, None], np.array([(part.start, part.stop) for part in parts]).T
-    jobs = np.zeros((n_turns, len(parts), N_ARGS, 4), np.int64)
-    one, n_rows, x, y = np.moveaxis(jobs, -1, 0)
-    x[..., A], n_rows[..., A] = 1, turns * depth * 4
-    y[..., C], n_rows[..., C] = 1, starts * width * 4
-    one[..., B] = panels.ctypes.data + turns * panels.strides[0] + starts * panels.strides[1]
-    one[..., ALPHA], one[..., N], one[..., K] = addressof(ONE), (stops - starts) * width, depth
-    n_rows[..., M] = n_rows[..., LDC] = 1
+    jobs = np.zeros((n_turns, len(parts), N_ARGS, 6), np.int64)
+    one, n_rows, n_before, n_called, x, y = np.moveaxis(jobs, -1, 0)
+    w_matrix, n_columns, x_matrix, n_x = (A, M, B, N) if kernel.is_left else (B, N, A, M)
+    one[..., w_matrix] = panels.ctypes.data + turns * panels.strides[0] + starts * panels.strides[1]
+    one[..., n_columns], one[..., K], one[..., ALPHA] = (stops - starts) * width, depth, addressof(ONE)
+    x[..., x_matrix], n_rows[..., x_matrix], n_before[..., x_matrix] = 1, turns * depth * 4, depth * 4
+    y[..., C], n_called[..., n_x] = 1, 1
+    if kernel.is_left:  # y is [n_rows, n_panels * width]
+        one[..., C], n_before[..., C], one[..., LDC] = starts * width * 4, n_panels * width * 4, n_panels * width
+    else:  # [n_panels * width, n_rows]
+        n_rows[..., C], n_before[..., C], n_rows[..., LDC] = starts * width * 4, 4, 1
     return jobs
 
 
 class Server(threading.local):
     """What hands jobs to OpenBLAS's threads."""
 
-    def __init__(self, kernel: Kernel, layout: tuple[int, int], routine: int, *addresses: int):
-        self.kernel, self.layout, self.routine = kernel, layout, routine
+    def __init__(self, kernels: dict[Kernel, int], layout: tuple[int, int], *addresses: int):
+        self.kernels, self.layout = kernels, layout
         execute, start, wait, n_threads = addresses  # of OTHERS
         to_do = CFUNCTYPE(c_int, c_int64, c_int64)  # (number of jobs, the queue's address)
         self.execute, self.start, self.wait = to_do(execute), to_do(start), to_do(wait)
@@ -121,13 +131,25 @@ class Server(threading.local):
             self.queues[size_and_mode] = Queue(self.layout, *size_and_mode)
         return self.queues[size_and_mode]
 
-    def multiply(self, x, n_rows, y, jobs) -> None:  # addresses of x and y
+    def multiply(self, kernel, x, n_rows, y, jobs) -> None:  # addresses of x and y
         """Add to y the product of x, which lies as side_by_side has it, and the panels that `jobs` are of."""
         n_turns, n_jobs, _, _ = jobs.shape
-        queue = self.queue(n_turns, n_jobs, KERNEL_MODE, self.routine)
-        np.matmul(jobs, (1, n_rows, x, y), out=queue.args)
+        n_called = min(n_rows, kernel.n_rows)
+        n_calls = n_rows // n_called  # for each panel, which is in a cache from the second on
+        queue = self.queue(n_turns * n_calls, n_jobs, KERNEL_MODE, self.kernels[kernel])
+        for i in range(n_calls):
+            np.matmul(jobs, (1, n_rows, i * n_called, n_called, x, y), out=queue.args[i::n_calls])
         for address in queue.turns:
             self.execute(n_jobs, address)
+
+    def product(self, x, kernel, panels, jobs):  # [n_rows, n_in] -> [n_rows, n_panels * width]
+        """x and the panels that `jobs` are of, multiplied."""
+        n_deep, n_panels, _, width = panels.shape
+        blocks = side_by_side(x, kernel, n_deep)
+        n_rows, n_columns = blocks.size // x.shape[1], n_panels * width
+        y = np.zeros((n_rows, n_columns) if kernel.is_left else (n_columns, n_rows), np.float32)
+        self.multiply(kernel, blocks.ctypes.data, n_rows, y.ctypes.data, jobs)
+        return (y if kernel.is_left else y.T)[: len(x)]
 
     def call_all(self, works: Sequence[Callable[[], object]], stop: Callable[[], None]) -> list:
         """What each of the works returns, all called at once, the first here.
@@ -187,30 +209,33 @@ def arrive(server: Server) -> bool:
     return True
 
 
-def is_right(server: Server) -> bool:
+def is_right(server: Server, kernel: Kernel) -> bool:
     """Whether its products are."""
     some = np.cos(np.arange(1 << 12, dtype=np.float32))  # importing numpy.random takes 20 ms
     for n_rows, n_panels, depth in ((8, 7, 40), (32, 6, 20), (16, 2, 50), (4, 5, 9), (2, 3, 70), (1, 9, 50)):
-        x, panels = np.resize(some, (n_rows, 2 * depth)), np.resize(some[7:], (2, n_panels, depth, WIDTH))
-        blocks = side_by_side(x, server.kernel.n_lanes, 2)
-        y = np.zeros((n_panels * WIDTH, n_rows), np.float32)
+        x, panels = np.resize(some, (n_rows, 2 * depth)), np.resize(some[7:], (2, n_panels, depth, kernel.width))
         edges = (0, n_panels // 2, n_panels) if server.n_threads > 1 else (0, n_panels)
-        jobs = jobs_of(panels, [slice(*edge) for edge in pairwise(edges)])
-        server.multiply(blocks.ctypes.data, n_rows, y.ctypes.data, jobs)
-        if not np.allclose(y.T, x @ panels.swapaxes(1, 2).reshape(2 * depth, -1), rtol=0, atol=1e-4):
+        jobs = jobs_of(kernel, panels, [slice(*edge) for edge in pairwise(edges)])
+        expected = x @ panels.swapaxes(1, 2).reshape(2 * depth, -1)
+        if not np.allclose(server.product(x, kernel, panels, jobs), expected, rtol=0, atol=1e-4):
             return False
     return True
 
 
 @lru_cache(maxsize=1)
 def find() -> Server | None:
-    """OpenBLAS's threads and kernel, or None where anything about them is not as expected."""
-    library = blas.controller
+    """OpenBLAS's threads and kernels, or None where anything about them is not as expected."""
+    library, kernels = blas.controller, {}
     if getattr(library, "threading_layer", "") != "pthreads":
         return None
-    for kernel, layout in product(KERNELS.get(library.architecture.lower(), ()), LAYOUTS):
-        with suppress(OSError, LookupError, ValueError, struct.error):  # it has no such function
-            server = Server(kernel, layout, *addresses([kernel.name, *OTHERS], library.filepath))
-            if arrive(server) and is_right(server):
-                return server
+    with suppress(OSError, LookupError, ValueError, struct.error):  # it has no such function
+        for kernel in KERNELS.get(library.architecture.lower(), ()):
+            with suppress(LookupError):
+                kernels[kernel] = addresses([kernel.name], library.filepath)[0]
+        if kernels:
+            others = addresses(OTHERS, library.filepath)
+            for server in (Server(kernels, layout, *others) for layout in LAYOUTS):
+                if arrive(server):
+                    server.kernels = {kernel: at for kernel, at in kernels.items() if is_right(server, kernel)}
+                    return server if server.kernels else None
     return None

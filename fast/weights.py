@@ -12,6 +12,7 @@ import numpy as np
 
 from fast.memory import available_bytes
 from fast.panels import Matrix, as_it_lies, panels_shape, seconds, seconds_to_fill, streamed
+from fast.server import find
 from fast.threads import team
 
 PRODUCTS = (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))  # of a layer
@@ -23,8 +24,24 @@ TYPICAL_STEPS = 8  # of one row, as long as packing takes; 50 and more in memory
 MIN_GAIN = 0.5  # steps of one row that packed weights save for each token, at least
 
 
+def next_multiple(n_rows: int) -> int:
+    """The number of rows that is timed for so many."""
+    return -(-n_rows // MANY) * MANY
+
+
 def output_matrix(params):  # -> [n_embd, n_vocab]
     return params.get("lm_head", params["wte"].T)
+
+
+def lay_out(matrices: list[Matrix], kernel, memory) -> list[Matrix]:
+    """Give each its panels in this memory."""
+    start = 0
+    for matrix in matrices:
+        shape = panels_shape(matrix.w, kernel)
+        stop = start + math.prod(shape)
+        matrix.use(kernel, memory[start:stop].reshape(shape), team.n_threads)
+        start = stop
+    return matrices
 
 
 class Weights:
@@ -59,7 +76,7 @@ class Weights:
         """
         n_left = cache.n_ctx - cache.length
         if not self.is_packed and cache.length and self.has_room and self.pay(n_left):
-            with self.lock: self.pack(n_left)  # fmt: skip  # noqa: E701  # one line: see Blas.held
+            with self.lock: self.pack(max(row_counts), n_left)  # fmt: skip  # noqa: E701  # one line: see Blas.held
         if self.is_packed:
             for n_rows in row_counts - self.ways.keys():
                 self.choose(n_rows)
@@ -70,7 +87,7 @@ class Weights:
 
     def choose(self, n_rows: int) -> None:
         """Panels for few rows; for more than MANY what is faster for the multiple of MANY that comes next."""
-        n_timed = -(-n_rows // MANY) * MANY
+        n_timed = next_multiple(n_rows)
         if n_timed == MANY:
             self.ways[n_timed] = streamed
         if n_timed not in self.ways:
@@ -96,24 +113,31 @@ class Weights:
     def give_up(self, reason: str) -> None:
         self.has_room, self.steps_to_pack, self.report = False, 0, f"none, {reason}"
 
-    def pack(self, n_left: int = sys.maxsize) -> None:
+    def pack(self, n_rows: int, n_left: int = sys.maxsize) -> None:
+        """Copy the weights, as the kernel reads them that is fastest for so many rows."""
         if self.is_packed:  # by another thread meanwhile
             return
-        started, shapes = time.perf_counter(), [panels_shape(matrix.w) for matrix in self.matrices]
-        sizes = [math.prod(shape) for shape in shapes]
-        if (memory := self.memory_for(sum(sizes))) is None:
+        started, kernels = time.perf_counter(), list(find().kernels)
+        sizes = np.array(
+            [[math.prod(panels_shape(matrix.w, kernel)) for matrix in self.matrices] for kernel in kernels]
+        )
+        if (memory := self.memory_for(sizes.sum(axis=1).max())) is None:
             return
-        pieces = np.split(memory, np.cumsum(sizes)[:-1])
-        for matrix, piece, shape in zip(self.matrices, pieces, shapes, strict=True):
-            matrix.use(piece.reshape(shape), team.n_threads)
-        n_trial = len(PRODUCTS) * math.ceil(TRIAL_BYTES * len(self.params["blocks"]) / memory.nbytes)
-        trial, rest = self.matrices[:n_trial], self.matrices[n_trial:]
-        self.steps_to_pack = self.fill(trial) / seconds(streamed, 1, trial)
+        pieces = np.array_split(memory, len(kernels))
+        n_trial = np.count_nonzero(sizes.max(axis=0).cumsum() <= min(TRIAL_BYTES // 4, pieces[-1].size))
+        trials = [
+            lay_out([Matrix(matrix.w, {}) for matrix in self.matrices[:n_trial]], kernel, piece)
+            for kernel, piece in zip(kernels, pieces, strict=True)
+        ]
+        self.steps_to_pack = self.fill(trials[0]) / seconds(streamed, 1, trials[0])
         if not self.pay(n_left):
-            for matrix in self.matrices:
-                matrix.panels = matrix.jobs = None
             self.report = f"none, they take {self.steps_to_pack:.0f} steps to pack and {n_left} tokens were to come"
             return
-        self.fill(rest)
+        for matrices in trials[1:]:
+            self.fill(matrices)
+        times = [[seconds(streamed, next_multiple(n_rows), each) for each in trials] for _ in range(N_TIMINGS)]
+        best = np.median(times, axis=0).argmin()
+        lay_out(self.matrices, kernels[best], memory)
+        self.fill(self.matrices[n_trial if best == 0 else 0 :])  # the first trial lies where it belongs
         self.is_packed = True
         self.report = f"{memory.nbytes / 1e9:.3f} GB, packed in {time.perf_counter() - started:.3f} s"

@@ -10,7 +10,8 @@ from gpt2 import matmul
 
 SHAPES = [(768, 1152), (3072, 768), (1600, 100), (64, 72), (97, 101), (1, 14), (7, 1)]  # n_in, n_out
 ROWS = [1, 2, 3, 5, 8, 16, 33, 64]
-WAYS = [pytest.param(way, id=way.__name__) for way in (streamed, as_it_lies)]
+KERNELS = list(find().kernels) if find() else []
+WAYS = [(streamed, kernel) for kernel in KERNELS] + [(as_it_lies, kernel) for kernel in KERNELS[:1]]
 pytestmark = pytest.mark.skipif(not find(), reason="this BLAS has no kernel that can be used")
 
 
@@ -23,9 +24,10 @@ def arrays(n_rows, n_in, n_out):
     return np.random.default_rng(n_rows).standard_normal((n_rows, n_in), np.float32), weights(n_in, n_out)
 
 
-def packed(w, way, n_threads):
+def packed(w, way, kernel, n_threads):
     matrix = Matrix(w, dict.fromkeys(range(1, 65), way))
-    matrix.use(np.full(panels_shape(w), np.nan, np.float32), min(n_threads, find().n_threads))
+    panels = np.full(panels_shape(w, kernel), np.nan, np.float32)
+    matrix.use(kernel, panels, min(n_threads, find().n_threads))
     for part in matrix.parts:
         matrix.fill(part)
     return matrix
@@ -48,11 +50,11 @@ def expected(n_rows, *shape):
     return exact, error(x @ w, exact)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "kernel"), WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
-def test_every_way_is_as_close_as_the_plain_product(way, shape, n_threads):
-    matrix = packed(weights(*shape), way, n_threads)
+def test_every_way_is_as_close_as_the_plain_product(way, kernel, shape, n_threads):
+    matrix = packed(weights(*shape), way, kernel, n_threads)
     for n_rows in ROWS:
         y = arrays(n_rows, *shape)[0] @ matrix
         assert y.dtype == np.float32 and y.shape == (n_rows, shape[1]) and y.flags.c_contiguous
@@ -60,12 +62,12 @@ def test_every_way_is_as_close_as_the_plain_product(way, shape, n_threads):
         assert error(y, exact) <= max(2 * of_plain, 2e-6)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "kernel"), WAYS)
 @pytest.mark.parametrize("shape", [(50257, 64), (101, 97), (5, 3), (1, 1)], ids=str)
-def test_every_way_multiplies_with_a_transpose(way, shape):
+def test_every_way_multiplies_with_a_transpose(way, kernel, shape):
     """The output product: wte lies as [n_vocab, n_embd]."""
     wte = np.random.default_rng(0).standard_normal(shape, np.float32)
-    matrix = packed(wte.T, way, 2)
+    matrix = packed(wte.T, way, kernel, 2)
     for n_rows in (1, 2, 5):
         x = arrays(n_rows, *shape[::-1])[0]
         y = x @ matrix
@@ -75,7 +77,7 @@ def test_every_way_multiplies_with_a_transpose(way, shape):
 def test_leading_axes_stay_and_views_are_taken():
     x, w = arrays(6, 12, 60)
     x = x.reshape(2, 3, 12)[:, ::2]
-    y = matmul(x, packed(w, as_it_lies, 2))
+    y = matmul(x, packed(w, as_it_lies, KERNELS[0], 2))
     assert y.shape == (2, 2, 60)
     np.testing.assert_allclose(y, x @ w, rtol=0, atol=1e-4)
 

@@ -45,38 +45,44 @@ def test_a_function_is_where_the_linker_says():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+IDS = {server.LEFT: "left", server.RIGHT: "right", server.RIGHT_512: "right, AVX-512"}
+each_kernel = pytest.mark.parametrize("kernel", IDS, ids=IDS.get)
+
+
 def server_with(kernel):
     """What hands it to OpenBLAS's threads, whether or not OpenBLAS would choose it for this processor."""
     with open("/proc/cpuinfo") as f:
-        if kernel == server.AVX512 and " avx512f " not in f.read():
+        if kernel == server.RIGHT_512 and " avx512f " not in f.read():
             pytest.skip("this processor has no AVX-512")
-    return server.Server(kernel, server.find().layout, *addresses([kernel.name, *server.OTHERS], LIBRARY))
+    routine, *others = addresses([kernel.name, *server.OTHERS], LIBRARY)
+    return server.Server({kernel: routine}, server.find().layout, *others)
 
 
 @found_only
-@pytest.mark.parametrize("kernel", [server.AVX2, server.AVX512], ids=lambda kernel: kernel.name)
+@each_kernel
 @pytest.mark.parametrize("n_rows", [1, 2, 4, 8, 16, 32, 48])
-@pytest.mark.parametrize("n_columns", [4, 8, 12, 20, 60])
+@pytest.mark.parametrize("n_panels", [1, 2, 3, 5, 15])
 @pytest.mark.parametrize("depth", [1, 7, 8, 64, 769])
-def test_it_adds_the_product_and_touches_nothing_else(n_rows, n_columns, depth, kernel):
-    rng = np.random.default_rng(depth)
+def test_it_adds_the_product_and_touches_nothing_else(n_rows, n_panels, depth, kernel):
+    rng, n_columns = np.random.default_rng(depth), n_panels * kernel.width
     x, w = rng.standard_normal((n_rows, depth), np.float32), rng.standard_normal((depth, n_columns), np.float32)
-    panels = np.array(w.reshape(1, depth, -1, server.WIDTH).swapaxes(1, 2), order="C")
-    blocks = server.side_by_side(x, kernel.n_lanes, 1)
-    around = np.full((n_columns + 20, n_rows), 5, np.float32)
-    y = around[10:-10]
-    jobs = server.jobs_of(panels, [slice(0, panels.shape[1])])
-    server_with(kernel).multiply(blocks.ctypes.data, n_rows, y.ctypes.data, jobs)
-    assert (around[:10] == 5).all() and (around[-10:] == 5).all()
-    np.testing.assert_allclose(y.T, x @ w + 5, rtol=0, atol=1e-5 * depth**0.5 + 1e-5)
+    panels = np.array(w.reshape(1, depth, n_panels, kernel.width).swapaxes(1, 2), order="C")
+    blocks = server.side_by_side(x, kernel, 1)
+    around = np.full(2000 + n_rows * n_columns, 5, np.float32)
+    y = around[1000:-1000].reshape((n_rows, n_columns) if kernel.is_left else (n_columns, n_rows))
+    jobs = server.jobs_of(kernel, panels, [slice(0, n_panels)])
+    server_with(kernel).multiply(kernel, blocks.ctypes.data, n_rows, y.ctypes.data, jobs)
+    assert (around[:1000] == 5).all() and (around[-1000:] == 5).all()
+    np.testing.assert_allclose(y if kernel.is_left else y.T, x @ w + 5, rtol=0, atol=1e-5 * depth**0.5 + 1e-5)
 
 
 @found_only
-def test_numbers_that_are_not_finite_stay_in_their_row_and_column():
+@pytest.mark.parametrize("kernel", server.find().kernels if server.find() else ())
+def test_numbers_that_are_not_finite_stay_in_their_row_and_column(kernel):
     x, w = np.ones((3, 8), np.float32), np.ones((8, 8), np.float32)
     x[1, 2], w[5, 7] = np.inf, np.nan
     matrix = Matrix(w, {})
-    matrix.use(np.empty(panels_shape(w), np.float32), 1)
+    matrix.use(kernel, np.empty(panels_shape(w, kernel), np.float32), 1)
     matrix.fill(matrix.parts[0])
     y = streamed(x, matrix)
     assert np.isinf(y[1, :7]).all() and np.isnan(y[:, 7]).all() and (y[::2, :7] == 8).all()
@@ -88,19 +94,20 @@ def test_numbers_that_are_not_finite_stay_in_their_row_and_column():
 
 
 @found_only
+@each_kernel
 @pytest.mark.parametrize("argument", [server.A, server.C, server.M, server.N, server.K, server.B])
-def test_a_kernel_that_computes_something_else_is_not_used(argument, monkeypatch):
-    right, jobs_of = server.find(), server.jobs_of
-    assert server.is_right(right)
+def test_a_kernel_that_computes_something_else_is_not_used(argument, kernel, monkeypatch):
+    right, jobs_of = server_with(kernel), server.jobs_of
+    assert server.is_right(right, kernel)
 
-    def other_jobs(panels, parts):
-        jobs = jobs_of(panels, parts)
+    def other_jobs(*args):
+        jobs = jobs_of(*args)
         is_address = argument in (server.A, server.C, server.B)
         jobs[-1, -1, argument, 0] += 4 if is_address else -1  # the next number, or one less
         return jobs
 
     monkeypatch.setattr(server, "jobs_of", other_jobs)
-    assert not server.is_right(right)
+    assert not server.is_right(right, kernel)
 
 
 @found_only
@@ -108,7 +115,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(argument, monkeypatch
 def test_jobs_arrive_with_the_layout_of_this_library_alone(layout):
     right = server.find()
     pointers = [ctypes.cast(function, ctypes.c_void_p).value for function in (right.execute, right.start, right.wait)]
-    other = server.Server(right.kernel, layout, right.routine, *pointers, ctypes.addressof(right.n_started))
+    other = server.Server(right.kernels, layout, *pointers, ctypes.addressof(right.n_started))
     assert server.arrive(other) == (layout == right.layout)
 
 
@@ -123,7 +130,7 @@ def test_no_library_or_one_without_it_is_no_error(tmp_path, monkeypatch):
         (tmp_path / str(i)).write_bytes(content)
         assert found_in(monkeypatch, tmp_path / str(i)) is None  # the whole one is not loaded from there either
     assert found_in(monkeypatch, tmp_path / "missing") is None
-    unknown = {"haswell": [server.AVX2._replace(name="sgemm_kernel_OF_THE_FUTURE")]}
+    unknown = {"haswell": [server.LEFT._replace(name="sgemm_kernel_OF_THE_FUTURE")]}
     for name, value in (("KERNELS", unknown), ("LAYOUTS", [(10, 22)])):
         with monkeypatch.context() as patched:
             patched.setattr(server, name, value)
@@ -133,10 +140,14 @@ def test_no_library_or_one_without_it_is_no_error(tmp_path, monkeypatch):
 
 
 @found_only
-def test_the_next_kernel_takes_the_place_of_one_that_is_missing(monkeypatch):
-    kernels = [server.AVX512._replace(name="sgemm_kernel_OF_THE_FUTURE"), server.AVX2]
-    monkeypatch.setattr(server, "KERNELS", {"skylakex": kernels})
-    assert found_in(monkeypatch, LIBRARY, "SkylakeX").kernel == server.AVX2
+def test_a_kernel_that_is_missing_or_wrong_leaves_the_others(monkeypatch):
+    kernels = [server.RIGHT._replace(name="sgemm_kernel_OF_THE_FUTURE"), server.RIGHT, server.LEFT]
+    monkeypatch.setattr(server, "KERNELS", {"haswell": kernels})
+    assert list(found_in(monkeypatch, LIBRARY).kernels) == [server.RIGHT, server.LEFT]
+    monkeypatch.setattr(server, "is_right", lambda _, kernel: kernel == server.LEFT)
+    assert list(found_in(monkeypatch, LIBRARY).kernels) == [server.LEFT]
+    monkeypatch.setattr(server, "is_right", lambda *_: False)
+    assert found_in(monkeypatch, LIBRARY) is None
 
 
 @pytest.mark.parametrize(

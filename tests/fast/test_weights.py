@@ -136,11 +136,22 @@ def is_packed(model):
     return model.passes.weights.is_packed
 
 
-def test_panels_change_no_logits_by_more_than_rounding(large):
-    caches, ids = [large.new_cache() for _ in range(2)], [[1, 2, 3]]
-    before = large.forward(ids, caches[0], 3)
-    large.passes.pack()
-    np.testing.assert_allclose(large.forward(ids, caches[1], 3), before, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("n_layer", [1, 3])
+@pytest.mark.parametrize("best", list(server.find().kernels) if server.find() else [])
+def test_weights_are_packed_for_the_kernel_that_is_fastest(best, n_layer, monkeypatch):
+    """Whichever it is, no logit changes by more than rounding."""
+    model, ids, timed = shared_out(random_model(n_layer=n_layer), is_packed=False), [list(range(10))], []
+
+    def seconds(way, n_rows, matrices):
+        timed.append(n_rows)
+        way(np.ones((n_rows, matrices[0].shape[0]), np.float32), matrices[0])
+        return 1 + (matrices[0].kernel != best)
+
+    before = model.forward(ids, model.new_cache(), 10)
+    monkeypatch.setattr(fast.weights, "seconds", seconds)
+    model.passes.pack(10)
+    assert {matrix.kernel for matrix in model.passes.weights.matrices} == {best} and set(timed[1:]) == {16}
+    np.testing.assert_allclose(model.forward(ids, model.new_cache(), 10), before, rtol=0, atol=1e-4)
 
 
 def test_the_first_tokens_do_not_wait_for_packing(large, cheap):
