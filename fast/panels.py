@@ -11,7 +11,8 @@ from functools import partial
 
 import numpy as np
 
-from fast.server import find, jobs_of
+from fast.kernels import jobs_of
+from fast.server import find
 from fast.threads import N_PYTHON, cut, team
 
 N_SIDE_BY_SIDE = 6  # panels that a kernel reads at once, or a divisor of it

@@ -5,9 +5,7 @@ They wait for the next product in a loop that needs neither waking nor the GIL, 
 them are private. So they are looked up, both known layouts of their queue are tried, and jobs must arrive as they were
 sent, and products be right, before any of it is used. Otherwise `find` returns None, and products are plain.
 
-The queue is blas_queue_t of OpenBLAS's common_thread.h, the arguments are blas_arg_t of its common.h. Its server
-(driver/others/blas_server.c, legacy_exec) calls a routine with m, n, k, alpha, a, lda, b, ldb. The kernels take these
-for m, n, k, alpha, A, B, C, ldc (kernel/x86_64/sgemm_kernel_8x4_haswell_2.c and sgemm_kernel_16x4_skylakex_3.c).
+The queue is blas_queue_t of OpenBLAS's common_thread.h. Its server is driver/others/blas_server.c.
 """
 
 import struct
@@ -18,44 +16,17 @@ from contextvars import copy_context
 from ctypes import CFUNCTYPE, addressof, c_float, c_int, c_int64, c_void_p, cast
 from functools import lru_cache, partial
 from itertools import count, pairwise
-from typing import NamedTuple
 
 import numpy as np
 
+from fast.kernels import ALPHA, KERNELS, LDC, N_ARGS, ONE, A, B, C, K, Kernel, M, N, jobs_of, side_by_side
 from fast.library import blas
 from fast.symbols import addresses
 
 OTHERS = ["exec_blas", "exec_blas_async", "exec_blas_async_wait", "blas_num_threads"]
 LAYOUTS = ((8, 20), (9, 21))  # words of 8 bytes before `next` and `mode`: OpenBLAS 0.3.29 to 0.3.34.0; 0.3.34.237
-ARGS, N_ARGS = 3, 16  # words before the pointer to the arguments, and of these
-A, C, ALPHA, M, N, K, B, LDC = 0, 1, 4, 6, 7, 8, 9, 10  # of these, by the kernel's names: C [n, m] += A [k, m] B [k, n]
+ARGS = 3  # words before the pointer to the arguments
 KERNEL_MODE, PYTHON_MODE = 0x8002, 0x4000  # BLAS_LEGACY | BLAS_SINGLE, BLAS_PTHREAD
-ONE = c_float(1)
-
-
-class Kernel(NamedTuple):
-    """A function that multiplies matrices that are cut into panels, and how they have to lie (docs/performance.md)."""
-
-    name: str
-    is_left: bool  # w is the matrix on its left, and results lie row by row; else on its right, and column by column
-    width: int  # columns of w that lie side by side
-    n_lanes: int  # rows of x that do
-    n_rows: int  # of x in one call, at most
-    max_depth: int  # of a panel
-
-
-ANY = 1 << 20
-LEFT = Kernel("sgemm_kernel_HASWELL", True, 8, 4, 8, 128)
-RIGHT = Kernel("sgemm_kernel_HASWELL", False, 4, 8, ANY, 1600)
-RIGHT_512 = Kernel("sgemm_kernel_SKYLAKEX", False, 4, 16, ANY, 400)
-KERNELS = {  # by OpenBLAS's names of processors that have AVX2, the last three AVX-512
-    "haswell": (RIGHT, LEFT),
-    "zen": (RIGHT, LEFT),
-    "skylakex": (LEFT, RIGHT_512),
-    "cooperlake": (LEFT, RIGHT_512),
-    "sapphirerapids": (LEFT, RIGHT_512),
-}
-
 calls: dict[int, Callable] = {}  # that threads are about to make, by a number that stands for one in a queue
 numbers = count(1)
 
@@ -78,36 +49,6 @@ class Queue:
         self.args, self.turns = self.words[..., size:], addresses[:, 0].tolist()
         self.words[..., 0], self.words[..., at_mode], self.words[..., ARGS] = routine, mode, addresses + 8 * size
         self.words[:, :-1, at_next] = addresses[:, 1:]
-
-
-def side_by_side(x, kernel, n_deep):  # [n_rows, n_in] -> [n_deep, n_blocks, n_in / n_deep, 1, 2, 4 ... lanes]
-    """The rows as the kernel reads them, then rows of zeros."""
-    n_lanes = min(kernel.n_lanes, 1 << (len(x) - 1).bit_length())
-    if n_more := -len(x) % (n_lanes if len(x) <= kernel.n_rows else kernel.n_rows):
-        x = np.concatenate([x, np.zeros((n_more, x.shape[1]), x.dtype)])
-    return np.array(x.reshape(-1, n_lanes, n_deep, x.shape[1] // n_deep).transpose(2, 0, 3, 1), order="C")
-
-
-def jobs_of(kernel, panels, parts: list[slice]) -> np.ndarray:  # -> int64[n_turns, n_jobs, N_ARGS, 6]
-    """The arguments to multiply x and panels, [n_turns, n_panels, depth, width], each job some of the panels.
-
-    They are linear in 1, the number of rows, of those before this call, of those in it, and the addresses of x and y.
-    Each turn adds the product of a part of x.
-    """
-    n_turns, n_panels, depth, width = panels.shape
-    turns, (starts, stops) = np.arange(n_turns)[:, None], np.array([(part.start, part.stop) for part in parts]).T
-    jobs = np.zeros((n_turns, len(parts), N_ARGS, 6), np.int64)
-    one, n_rows, n_before, n_called, x, y = np.moveaxis(jobs, -1, 0)
-    w_matrix, n_columns, x_matrix, n_x = (A, M, B, N) if kernel.is_left else (B, N, A, M)
-    one[..., w_matrix] = panels.ctypes.data + turns * panels.strides[0] + starts * panels.strides[1]
-    one[..., n_columns], one[..., K], one[..., ALPHA] = (stops - starts) * width, depth, addressof(ONE)
-    x[..., x_matrix], n_rows[..., x_matrix], n_before[..., x_matrix] = 1, turns * depth * 4, depth * 4
-    y[..., C], n_called[..., n_x] = 1, 1
-    if kernel.is_left:  # y is [n_rows, n_panels * width]
-        one[..., C], n_before[..., C], one[..., LDC] = starts * width * 4, n_panels * width * 4, n_panels * width
-    else:  # [n_panels * width, n_rows]
-        n_rows[..., C], n_before[..., C], n_rows[..., LDC] = starts * width * 4, 4, 1
-    return jobs
 
 
 class Server(threading.local):
@@ -236,6 +177,6 @@ def find() -> Server | None:
             others = addresses(OTHERS, library.filepath)
             for server in (Server(kernels, layout, *others) for layout in LAYOUTS):
                 if arrive(server):
-                    server.kernels = {kernel: at for kernel, at in kernels.items() if is_right(server, kernel)}
-                    return server if server.kernels else None
+                    right = {kernel: routine for kernel, routine in kernels.items() if is_right(server, kernel)}
+                    return Server(right, server.layout, *others) if right else None
     return None

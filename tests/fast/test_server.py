@@ -10,7 +10,7 @@ import pytest
 from helpers import random_model, run, shared_out
 
 import fast
-from fast import server
+from fast import kernels, server
 from fast.panels import Matrix, panels_shape, streamed
 from fast.symbols import addresses
 from fast.threads import blas
@@ -30,7 +30,7 @@ def found_in(monkeypatch, path, core="Haswell", layer="pthreads"):
 
 @pytest.mark.skipif(not IS_WHEEL, reason="only NumPy's own packages for Linux are sure to have it")
 def test_the_wheels_of_numpy_have_all_that_is_needed():
-    assert (server.find() is not None) == (blas.controller.architecture.lower() in server.KERNELS)
+    assert (server.find() is not None) == (blas.controller.architecture.lower() in kernels.KERNELS)
 
 
 @pytest.mark.skipif(not IS_WHEEL, reason="an ELF file is needed")
@@ -45,14 +45,14 @@ def test_a_function_is_where_the_linker_says():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-IDS = {server.LEFT: "left", server.RIGHT: "right", server.RIGHT_512: "right, AVX-512"}
+IDS = {kernels.LEFT: "left", kernels.RIGHT: "right", kernels.RIGHT_512: "right, AVX-512"}
 each_kernel = pytest.mark.parametrize("kernel", IDS, ids=IDS.get)
 
 
 def server_with(kernel):
     """What hands it to OpenBLAS's threads, whether or not OpenBLAS would choose it for this processor."""
     with open("/proc/cpuinfo") as f:
-        if kernel == server.RIGHT_512 and " avx512f " not in f.read():
+        if kernel == kernels.RIGHT_512 and " avx512f " not in f.read():
             pytest.skip("this processor has no AVX-512")
     routine, *others = addresses([kernel.name, *server.OTHERS], LIBRARY)
     return server.Server({kernel: routine}, server.find().layout, *others)
@@ -67,10 +67,10 @@ def test_it_adds_the_product_and_touches_nothing_else(n_rows, n_panels, depth, k
     rng, n_columns = np.random.default_rng(depth), n_panels * kernel.width
     x, w = rng.standard_normal((n_rows, depth), np.float32), rng.standard_normal((depth, n_columns), np.float32)
     panels = np.array(w.reshape(1, depth, n_panels, kernel.width).swapaxes(1, 2), order="C")
-    blocks = server.side_by_side(x, kernel, 1)
+    blocks = kernels.side_by_side(x, kernel, 1)
     around = np.full(2000 + n_rows * n_columns, 5, np.float32)
     y = around[1000:-1000].reshape((n_rows, n_columns) if kernel.is_left else (n_columns, n_rows))
-    jobs = server.jobs_of(kernel, panels, [slice(0, n_panels)])
+    jobs = kernels.jobs_of(kernel, panels, [slice(0, n_panels)])
     server_with(kernel).multiply(kernel, blocks.ctypes.data, n_rows, y.ctypes.data, jobs)
     assert (around[:1000] == 5).all() and (around[-1000:] == 5).all()
     np.testing.assert_allclose(y if kernel.is_left else y.T, x @ w + 5, rtol=0, atol=1e-5 * depth**0.5 + 1e-5)
@@ -95,14 +95,14 @@ def test_numbers_that_are_not_finite_stay_in_their_row_and_column(kernel):
 
 @found_only
 @each_kernel
-@pytest.mark.parametrize("argument", [server.A, server.C, server.M, server.N, server.K, server.B])
+@pytest.mark.parametrize("argument", [kernels.A, kernels.C, kernels.M, kernels.N, kernels.K, kernels.B])
 def test_a_kernel_that_computes_something_else_is_not_used(argument, kernel, monkeypatch):
     right, jobs_of = server_with(kernel), server.jobs_of
     assert server.is_right(right, kernel)
 
     def other_jobs(*args):
         jobs = jobs_of(*args)
-        is_address = argument in (server.A, server.C, server.B)
+        is_address = argument in (kernels.A, kernels.C, kernels.B)
         jobs[-1, -1, argument, 0] += 4 if is_address else -1  # the next number, or one less
         return jobs
 
@@ -130,7 +130,7 @@ def test_no_library_or_one_without_it_is_no_error(tmp_path, monkeypatch):
         (tmp_path / str(i)).write_bytes(content)
         assert found_in(monkeypatch, tmp_path / str(i)) is None  # the whole one is not loaded from there either
     assert found_in(monkeypatch, tmp_path / "missing") is None
-    unknown = {"haswell": [server.LEFT._replace(name="sgemm_kernel_OF_THE_FUTURE")]}
+    unknown = {"haswell": [kernels.LEFT._replace(name="sgemm_kernel_OF_THE_FUTURE")]}
     for name, value in (("KERNELS", unknown), ("LAYOUTS", [(10, 22)])):
         with monkeypatch.context() as patched:
             patched.setattr(server, name, value)
@@ -141,11 +141,11 @@ def test_no_library_or_one_without_it_is_no_error(tmp_path, monkeypatch):
 
 @found_only
 def test_a_kernel_that_is_missing_or_wrong_leaves_the_others(monkeypatch):
-    kernels = [server.RIGHT._replace(name="sgemm_kernel_OF_THE_FUTURE"), server.RIGHT, server.LEFT]
-    monkeypatch.setattr(server, "KERNELS", {"haswell": kernels})
-    assert list(found_in(monkeypatch, LIBRARY).kernels) == [server.RIGHT, server.LEFT]
-    monkeypatch.setattr(server, "is_right", lambda _, kernel: kernel == server.LEFT)
-    assert list(found_in(monkeypatch, LIBRARY).kernels) == [server.LEFT]
+    ours = [kernels.RIGHT._replace(name="sgemm_kernel_OF_THE_FUTURE"), kernels.RIGHT, kernels.LEFT]
+    monkeypatch.setattr(server, "KERNELS", {"haswell": ours})
+    assert list(found_in(monkeypatch, LIBRARY).kernels) == [kernels.RIGHT, kernels.LEFT]
+    monkeypatch.setattr(server, "is_right", lambda _, kernel: kernel == kernels.LEFT)
+    assert list(found_in(monkeypatch, LIBRARY).kernels) == [kernels.LEFT]
     monkeypatch.setattr(server, "is_right", lambda *_: False)
     assert found_in(monkeypatch, LIBRARY) is None
 
