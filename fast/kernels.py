@@ -44,7 +44,7 @@ KERNELS = {
 def side_by_side(x, kernel, n_deep):  # [n_rows, n_in] -> [n_deep, n_blocks, n_in / n_deep, 1, 2, 4 ... lanes]
     """The rows as the kernel reads them, then rows of zeros."""
     n_lanes = min(kernel.n_lanes, 1 << (len(x) - 1).bit_length())
-    if n_more := -len(x) % (n_lanes if len(x) <= kernel.n_rows else kernel.n_rows):
+    if n_more := -len(x) % (kernel.n_rows if kernel.is_left and len(x) > 2 else n_lanes):  # 4 rows take longer than 8
         x = np.concatenate([x, np.zeros((n_more, x.shape[1]), x.dtype)])
     return np.array(x.reshape(-1, n_lanes, n_deep, x.shape[1] // n_deep).transpose(2, 0, 3, 1), order="C")
 
