@@ -21,7 +21,7 @@ MANY = 8  # rows; up to so many panels are faster; of more, only multiples are t
 N_TIMINGS = 5  # of each way
 TRIAL_BYTES = 1 << 27  # packed first, to see how long it takes: more than caches hold
 TYPICAL_STEPS = 8  # of one row, as long as packing takes; 50 and more in memory new to a virtual machine
-MIN_GAIN = 0.5  # steps of one row that packed weights save for each token, at least
+MIN_GAIN = 0.4  # steps of one row that packed weights save for each token, at least
 
 
 def next_multiple(n_rows: int) -> int:

@@ -188,7 +188,7 @@ def test_packing_is_given_up_where_it_takes_too_long(large, monkeypatch):
     large.forward([[1, 2]], cache)
     assert not is_packed(large) and "take 60 steps to pack and 100 tokens were to come" in large.passes.weights.report
     assert all(matrix.panels is None for matrix in large.passes.weights.matrices)  # nothing keeps their memory
-    assert not large.passes.few_rows_pay(119) and large.passes.few_rows_pay(120)
+    assert not large.passes.few_rows_pay(149) and large.passes.few_rows_pay(150)
 
 
 @pytest.mark.parametrize("is_refused", [False, True])
