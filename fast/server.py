@@ -153,7 +153,7 @@ def arrive(server: Server) -> bool:
 def is_right(server: Server, kernel: Kernel) -> bool:
     """Whether its products are."""
     some = np.cos(np.arange(1 << 12, dtype=np.float32))  # importing numpy.random takes 20 ms
-    for n_rows, n_panels, depth in ((8, 7, 40), (32, 6, 20), (16, 2, 50), (4, 5, 9), (2, 3, 70), (1, 9, 50)):
+    for n_rows, n_panels, depth in ((8, 7, 40), (24, 6, 20), (16, 2, 50), (4, 5, 9), (2, 3, 70), (1, 9, 50)):
         x, panels = np.resize(some, (n_rows, 2 * depth)), np.resize(some[7:], (2, n_panels, depth, kernel.width))
         edges = (0, n_panels // 2, n_panels) if server.n_threads > 1 else (0, n_panels)
         jobs = jobs_of(kernel, panels, [slice(*edge) for edge in pairwise(edges)])

@@ -60,7 +60,7 @@ def server_with(kernel):
 
 @found_only
 @each_kernel
-@pytest.mark.parametrize("n_rows", [1, 2, 3, 4, 8, 9, 16, 32, 48])
+@pytest.mark.parametrize("n_rows", [1, 2, 3, 4, 8, 9, 16, 24, 32, 48])
 @pytest.mark.parametrize("n_panels", [1, 2, 3, 5, 15])
 @pytest.mark.parametrize("depth", [1, 7, 8, 64, 769])
 def test_it_adds_the_product_and_touches_nothing_else(n_rows, n_panels, depth, kernel):
