@@ -29,35 +29,38 @@ class Kernel(NamedTuple):
 
 ANY = 1 << 20
 LEFT = Kernel("sgemm_kernel_HASWELL", is_left=True, width=8, n_lanes=4, n_rows=8, max_depth=128)
-RIGHT = Kernel("sgemm_kernel_HASWELL", is_left=False, width=4, n_lanes=8, n_rows=ANY, max_depth=1600)
+LEFT_DEEP = LEFT._replace(max_depth=384)  # plain products round as much where there is AVX-512
+RIGHT = Kernel("sgemm_kernel_HASWELL", is_left=False, width=4, n_lanes=8, n_rows=ANY, max_depth=800)
 RIGHT_512 = Kernel("sgemm_kernel_SKYLAKEX", is_left=False, width=4, n_lanes=16, n_rows=ANY, max_depth=400)
 # By OpenBLAS's names of processors that have AVX2, the last three AVX-512. Which is faster is timed (weights.py).
 KERNELS = {
     "haswell": (RIGHT, LEFT),
     "zen": (RIGHT, LEFT),
-    "skylakex": (LEFT, RIGHT_512),
-    "cooperlake": (LEFT, RIGHT_512),
-    "sapphirerapids": (LEFT, RIGHT_512),
+    "skylakex": (LEFT_DEEP, RIGHT_512),
+    "cooperlake": (LEFT_DEEP, RIGHT_512),
+    "sapphirerapids": (LEFT_DEEP, RIGHT_512),
 }
 
 
 def side_by_side(x, kernel, n_deep):  # [n_rows, n_in] -> [n_deep, n_blocks, n_in / n_deep, 1, 2, 4 ... lanes]
     """The rows as the kernel reads them, then rows of zeros."""
-    n_lanes = min(kernel.n_lanes, 1 << (len(x) - 1).bit_length())
-    if n_more := -len(x) % (kernel.n_rows if kernel.is_left and len(x) > 2 else n_lanes):  # 4 rows take longer than 8
-        x = np.concatenate([x, np.zeros((n_more, x.shape[1]), x.dtype)])
-    return np.array(x.reshape(-1, n_lanes, n_deep, x.shape[1] // n_deep).transpose(2, 0, 3, 1), order="C")
+    (n_rows, n_in), n_lanes = x.shape, min(kernel.n_lanes, 1 << (len(x) - 1).bit_length())
+    n_more = -n_rows % (kernel.n_rows if kernel.is_left and n_rows > 2 else n_lanes)  # 4 rows take longer than 8
+    blocks = np.zeros((n_deep, (n_rows + n_more) // n_lanes, n_in // n_deep, n_lanes), np.float32)
+    for i, row in enumerate(x.reshape(n_rows, n_deep, -1)):  # 5 rows of 6400 in 12 us; transposed at once 40
+        blocks[:, i // n_lanes, :, i % n_lanes] = row
+    return blocks
 
 
-def jobs_of(kernel, panels, parts: list[slice]) -> np.ndarray:  # -> int64[n_turns, n_jobs, N_ARGS, 6]
+def jobs_of(kernel, panels, parts: list[slice]) -> np.ndarray:  # -> int64[n_jobs, n_turns, N_ARGS, 6]
     """The arguments to multiply x and panels, [n_turns, n_panels, depth, width], each job some of the panels.
 
     They are linear in 1, the number of rows, of those before this call, of those in it, and the addresses of x and y.
     Each turn adds the product of a part of x.
     """
     n_turns, n_panels, depth, width = panels.shape
-    turns, (starts, stops) = np.arange(n_turns)[:, None], np.array([(part.start, part.stop) for part in parts]).T
-    jobs = np.zeros((n_turns, len(parts), N_ARGS, 6), np.int64)
+    turns, (starts, stops) = np.arange(n_turns), np.array([(part.start, part.stop) for part in parts]).T[..., None]
+    jobs = np.zeros((len(parts), n_turns, N_ARGS, 6), np.int64)
     one, n_rows, n_before, n_called, x, y = np.moveaxis(jobs, -1, 0)
     w_matrix, n_columns, x_matrix, n_x = (A, M, B, N) if kernel.is_left else (B, N, A, M)
     one[..., w_matrix] = panels.ctypes.data + turns * panels.strides[0] + starts * panels.strides[1]

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import copy_context
-from ctypes import CFUNCTYPE, addressof, c_float, c_int, c_int64, c_void_p, cast
+from ctypes import CFUNCTYPE, PYFUNCTYPE, addressof, c_float, c_int, c_int64, c_void_p, cast, py_object, pythonapi
 from functools import lru_cache, partial
 from itertools import count, pairwise
 
@@ -25,8 +25,8 @@ from fast.symbols import addresses
 
 OTHERS = ["exec_blas", "exec_blas_async", "exec_blas_async_wait", "blas_num_threads"]
 LAYOUTS = ((8, 20), (9, 21))  # words of 8 bytes before `next` and `mode`: OpenBLAS 0.3.29 to 0.3.34.0; 0.3.34.237
-ARGS = 3  # words before the pointer to the arguments
-KERNEL_MODE, PYTHON_MODE = 0x8002, 0x4000  # BLAS_LEGACY | BLAS_SINGLE, BLAS_PTHREAD
+ARGS = 3  # words before the pointer to the arguments, which three others follow: range_m, range_n, sa
+KERNEL_MODE, PYTHON_MODE, LOOP_MODE = 0x8002, 0x4000, 2  # BLAS_LEGACY | BLAS_SINGLE, BLAS_PTHREAD, BLAS_SINGLE
 calls: dict[int, Callable] = {}  # that threads are about to make, by a number that stands for one in a queue
 numbers = count(1)
 
@@ -37,18 +37,47 @@ def call(number):
 
 
 class Queue:
-    """Memory for n jobs, which OpenBLAS's threads do at once, one of them the caller's, and n more, n_turns times.
+    """Memory for n jobs, which OpenBLAS's threads do at once, one of them the caller's.
 
-    `args`, int64[n_turns, n, N_ARGS], are to be set. Each job is done by `routine`.
+    `args`, int64[n, N_ARGS], are to be set. Each job is done by `routine`.
     """
 
-    def __init__(self, layout: tuple[int, int], n_turns: int, n: int, mode: int, routine: int):
+    def __init__(self, layout: tuple[int, int], n: int, mode: int, routine: int):
         (at_next, at_mode), size = layout, layout[1] + 1
-        self.words = np.zeros((n_turns, n, size + N_ARGS), np.int64)
-        addresses = self.words.ctypes.data + np.arange(0, self.words.nbytes, self.words.strides[1]).reshape(n_turns, n)
-        self.args, self.turns = self.words[..., size:], addresses[:, 0].tolist()
-        self.words[..., 0], self.words[..., at_mode], self.words[..., ARGS] = routine, mode, addresses + 8 * size
-        self.words[:, :-1, at_next] = addresses[:, 1:]
+        self.words = np.zeros((n, size + N_ARGS), np.int64)
+        self.n_bytes = self.words.strides[0]  # of a job
+        addresses = self.words.ctypes.data + self.n_bytes * np.arange(n)
+        self.args, self.address = self.words[:, size:], int(addresses[0])
+        self.words[:, 0], self.words[:, at_mode], self.words[:, ARGS] = routine, mode, addresses + 8 * size
+        self.words[:-1, at_next] = addresses[1:]
+
+
+def numpy_loop() -> int:
+    """The address of PyUFunc_D_D(args, dimensions, steps, function) of NumPy's C API, which has it as number 10.
+
+    It calls function(address of a number, address of a result) for each number of an array.
+    """
+    get = PYFUNCTYPE(c_void_p, py_object, c_void_p)(("PyCapsule_GetPointer", pythonapi))
+    return (c_void_p * 11).from_address(get(np._core._multiarray_umath._UFUNC_API, None))[10]
+
+
+class Chains:
+    """Memory for n jobs, each n_calls calls of `routine` one after the other: threads meet when all are done.
+
+    `args`, int64[n, n_calls, N_ARGS], are to be set. A job is NumPy's loop, and the function that it calls exec_blas:
+    what that takes for the number of jobs is an address, but its queue ends after one, so it does that one itself.
+    """
+
+    def __init__(self, layout: tuple[int, int], n: int, n_calls: int, routine: int, execute: int):
+        self.calls = Queue(layout, n * n_calls, KERNEL_MODE, routine)
+        self.calls.words[:, layout[0]] = 0
+        self.args = self.calls.args.reshape(n, n_calls, N_ARGS)
+        self.jobs = Queue(layout, n, LOOP_MODE, numpy_loop())
+        self.address, stride = self.jobs.address, self.calls.n_bytes
+        first = self.calls.address + n_calls * stride * np.arange(n)
+        self.jobs.args[:, :5] = np.stack(np.broadcast_arrays(first, first, n_calls, 0, stride), axis=1)
+        args = self.jobs.words[:, ARGS]
+        self.jobs.words[:, ARGS + 1 : ARGS + 4] = np.stack(np.broadcast_arrays(args + 16, args + 24, execute), axis=1)
 
 
 class Server(threading.local):
@@ -56,32 +85,32 @@ class Server(threading.local):
 
     def __init__(self, kernels: dict[Kernel, int], layout: tuple[int, int], *addresses: int):
         self.kernels, self.layout = kernels, layout
-        execute, start, wait, n_threads = addresses  # of OTHERS
+        self.address, start, wait, n_threads = addresses  # of OTHERS
         to_do = CFUNCTYPE(c_int, c_int64, c_int64)  # (number of jobs, the queue's address)
-        self.execute, self.start, self.wait = to_do(execute), to_do(start), to_do(wait)
+        self.execute, self.start, self.wait = to_do(self.address), to_do(start), to_do(wait)
         self.n_started = c_int.from_address(n_threads)
-        self.queues: dict[tuple, Queue] = {}  # each thread of Python has its own
+        self.memories: dict[tuple, Queue | Chains] = {}  # each thread of Python has its own
 
     @property
     def n_threads(self) -> int:
         """How many there are, the caller's included; more are started when a program asks OpenBLAS for more."""
         return self.n_started.value
 
-    def queue(self, *size_and_mode) -> Queue:
-        if size_and_mode not in self.queues:
-            self.queues[size_and_mode] = Queue(self.layout, *size_and_mode)
-        return self.queues[size_and_mode]
+    def memory(self, of, *size) -> Queue | Chains:
+        """The same for the same size."""
+        if (of, size) not in self.memories:
+            self.memories[of, size] = of(self.layout, *size)
+        return self.memories[of, size]
 
     def multiply(self, kernel, x, n_rows, y, jobs) -> None:  # addresses of x and y
         """Add to y the product of x, which lies as side_by_side has it, and the panels that `jobs` are of."""
-        n_turns, n_jobs, _, _ = jobs.shape
+        n_jobs, n_turns, _, _ = jobs.shape
         n_called = min(n_rows, kernel.n_rows)
         n_calls = n_rows // n_called  # for each panel, which is in a cache from the second on
-        queue = self.queue(n_turns * n_calls, n_jobs, KERNEL_MODE, self.kernels[kernel])
+        chains = self.memory(Chains, n_jobs, n_turns * n_calls, self.kernels[kernel], self.address)
         for i in range(n_calls):
-            np.matmul(jobs, (1, n_rows, i * n_called, n_called, x, y), out=queue.args[i::n_calls])
-        for address in queue.turns:
-            self.execute(n_jobs, address)
+            np.matmul(jobs, (1, n_rows, i * n_called, n_called, x, y), out=chains.args[:, i::n_calls])
+        self.execute(n_jobs, chains.address)
 
     def product(self, x, kernel, panels, jobs):  # [n_rows, n_in] -> [n_rows, n_panels * width]
         """x and the panels that `jobs` are of, multiplied."""
@@ -108,19 +137,19 @@ class Server(threading.local):
 
         # More jobs than threads would wait for ever: OpenBLAS wakes threads that sleep when it has handed out all.
         n, ours = min(len(works), self.n_threads) - 1, []
-        queue = self.queue(1, n, PYTHON_MODE, cast(call, c_void_p).value)
+        queue = self.memory(Queue, n, PYTHON_MODE, cast(call, c_void_p).value)
         try:
             for i in range(n):
                 ours.append(next(numbers))
                 calls[ours[i]] = partial(copy_context().run, keep, i + 1)  # the context says what NumPy warns of
-                queue.words[0, i, ARGS] = ours[i]
-            self.start(n, queue.turns[0])
+                queue.words[i, ARGS] = ours[i]
+            self.start(n, queue.address)
             for i in (0, *range(n + 1, len(works))):
                 keep(i)
-            self.wait(n, queue.turns[0])
+            self.wait(n, queue.address)
         except BaseException:  # Ctrl-C, between two lines
             stop()
-            self.wait(n, queue.turns[0])
+            self.wait(n, queue.address)
             raise
         finally:
             for number in ours:
@@ -132,22 +161,37 @@ class Server(threading.local):
 
 
 def arrive(server: Server) -> bool:
-    """Whether jobs come with the arguments that they were sent with."""
-    expected, arrived = [[1, 2, 3, 1.0, 4, 5, 6, 1], [1, 7, 3, 1.0, 4, 8, 9, 1]], []
+    """Whether jobs come with the arguments that they were sent with: calls, loops, and only then loops of calls."""
+    arrived, n_most = [], min(2, server.n_threads)
 
     @CFUNCTYPE(None, *[c_int64] * 3, c_float, *[c_int64] * 4)
-    def note(*args):
+    def note_call(*args):
         arrived.append(list(args))
 
-    for n in range(1, 1 + min(2, server.n_threads)):
+    @CFUNCTYPE(None, *[c_int64] * 4)
+    def note_loop(*args):
+        arrived.append(list(args))
+
+    def are_right(jobs: Queue, expected) -> bool:
         arrived.clear()
-        queue = Queue(server.layout, 1, n, KERNEL_MODE, cast(note, c_void_p).value)
-        for i, (m, n_columns, depth, _, x, panels, y, _) in enumerate(expected[:n]):
-            queue.args[0, i, [A, C, ALPHA, M, N, K, B, LDC]] = x, y, addressof(ONE), m, n_columns, depth, panels, m
-        server.execute(n, queue.turns[0])
-        if sorted(arrived) != expected[:n]:
+        server.execute(len(jobs.words), jobs.address)
+        return sorted(arrived) == expected
+
+    def set_args(calls: Queue) -> list[list]:
+        expected = [[i, 2, 3, 1.0, 4, 5, 6, 7] for i in range(len(calls.args))]
+        for args, (m, n_columns, depth, _, x, panels, y, stride) in zip(calls.args, expected, strict=True):
+            args[[A, C, ALPHA, M, N, K, B, LDC]] = x, y, addressof(ONE), m, n_columns, depth, panels, stride
+        return expected
+
+    call, loop = (cast(note, c_void_p).value for note in (note_call, note_loop))
+    for n in range(1, 1 + n_most):
+        calls, loops = Queue(server.layout, n, KERNEL_MODE, call), Queue(server.layout, n, LOOP_MODE, loop)
+        loops.words[:, ARGS + 1 : ARGS + 4] = 7, 8, 9
+        expected = [[args, 7, 8, 9] for args in loops.words[:, ARGS].tolist()]
+        if not (are_right(calls, set_args(calls)) and are_right(loops, expected)):
             return False
-    return True
+    chains = Chains(server.layout, n_most, 3, call, server.address)
+    return are_right(chains.jobs, set_args(chains.calls))
 
 
 def is_right(server: Server, kernel: Kernel) -> bool:
@@ -169,7 +213,7 @@ def find() -> Server | None:
     library, kernels = blas.controller, {}
     if getattr(library, "threading_layer", "") != "pthreads":
         return None
-    with suppress(OSError, LookupError, ValueError, struct.error):  # it has no such function
+    with suppress(OSError, LookupError, ValueError, AttributeError, struct.error):  # there is no such function
         for kernel in KERNELS.get(library.architecture.lower(), ()):
             with suppress(LookupError):
                 kernels[kernel] = addresses([kernel.name], library.filepath)[0]

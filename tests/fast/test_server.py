@@ -45,7 +45,12 @@ def test_a_function_is_where_the_linker_says():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-IDS = {kernels.LEFT: "left", kernels.RIGHT: "right", kernels.RIGHT_512: "right, AVX-512"}
+IDS = {
+    kernels.LEFT: "left",
+    kernels.LEFT_DEEP: "left, deep",
+    kernels.RIGHT: "right",
+    kernels.RIGHT_512: "right, AVX-512",
+}
 each_kernel = pytest.mark.parametrize("kernel", IDS, ids=IDS.get)
 
 
@@ -150,6 +155,12 @@ def test_a_kernel_that_is_missing_or_wrong_leaves_the_others(monkeypatch):
     assert list(found_in(monkeypatch, LIBRARY).kernels) == [kernels.LEFT]
     monkeypatch.setattr(server, "is_right", lambda *_: False)
     assert found_in(monkeypatch, LIBRARY) is None
+
+
+@found_only
+def test_without_the_loop_of_numpy_nothing_is_handed_over(monkeypatch):
+    monkeypatch.setattr(server, "pythonapi", SimpleNamespace())  # as where Python is another one
+    assert found_in(monkeypatch, LIBRARY, blas.controller.architecture) is None
 
 
 @pytest.mark.parametrize(
