@@ -51,7 +51,7 @@ class DraftModel:
         self.n_draft = n_draft
         self.sample = sample
         self.min_confidence = min_confidence
-        self.cache = self.model.new_cache()
+        self.cache = self.model.new_cache(n_seq=0)
         self.start = 0  # the first token that the cache holds: it keeps the newest when its context is full
         self.fed: list[int] = []  # the text from there to the newest token that it holds
 
@@ -65,6 +65,8 @@ class DraftModel:
         if (self.start and not n_same) or len(tokens) - self.start + n_guesses - 1 > n_ctx:
             self.start, n_same = max(0, len(tokens) - n_ctx // 2), 0
         self.cache.length = n_same
+        if (n_seq := len(tokens) - self.start + n_guesses - 1) > self.cache.n_ctx:
+            self.make_room(2 * n_seq)
         self.fed = tokens[self.start :]
         # Its own guesses are text to the draft, as they will be to the target. Few samplers read it: a copy takes time.
         text = list(tokens) if hasattr(self.sample, "for_text") else []
@@ -78,6 +80,13 @@ class DraftModel:
             new = guesses[-1:]
             self.fed += new
             text += new
+
+    def make_room(self, n_seq: int) -> None:
+        """A larger cache. Weights are packed if they pay for the tokens that it has room for: so not all at once."""
+        cache, n = self.model.new_cache(n_seq=n_seq), self.cache.length
+        cache.kv[..., :n, :] = self.cache.kv[..., :n, :]
+        cache.advance(n)
+        self.cache = cache
 
     def is_unsure(self, logits: np.ndarray, guess: int) -> bool:
         return float(np.exp(logits - logits[guess]).sum()) * self.min_confidence > 1

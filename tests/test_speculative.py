@@ -127,6 +127,15 @@ def test_caches_after_a_run_equal_fresh_ones():
         np.testing.assert_allclose(kept.kv[..., :n, :], fresh.kv[..., :n, :], rtol=0, atol=1e-5)
 
 
+def test_a_draft_has_room_for_as_much_text_again():
+    drafter, text = DraftModel(DRAFT, 4), [1] * 3
+    for n_more in (0, 1, 2, 4, 8, 13):
+        text = text + [2] * n_more
+        fresh = DraftModel(DRAFT, 4)
+        assert drafter(text, 4) == fresh(text, 4)
+        assert len(text) + 3 <= drafter.cache.n_ctx <= min(2 * (len(text) + 3), DRAFT.hparams["n_ctx"])
+
+
 def test_a_drafter_can_be_used_for_another_text():
     for drafter in (DraftModel(DRAFT, 4), PromptLookup(4), Adaptive(DraftModel(DRAFT, 4))):
         for prompt in ([1, 2, 3], [1, 2, 3, 4, 5], [7], [1, 2, 3]):

@@ -3,6 +3,7 @@
 import gc
 import re
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,23 @@ def test_the_first_tokens_do_not_wait_for_packing(large, cheap):
     large.forward([[1, 2]], cache)
     assert is_packed(large) and re.fullmatch(r"0\.000 GB, packed in \d\.\d{3} s", large.passes.weights.report)
     large.forward([[1]], large.new_cache())
+
+
+def test_the_clock_stands_still_while_weights_are_packed(large, cheap, monkeypatch):
+    now, pack = [5.0], large.passes.weights.pack
+
+    def slow_pack(*args):
+        now[0] += 100
+        pack(*args)
+
+    monkeypatch.setattr(fast.weights, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(fast.weights, "clock", fast.weights.Clock())
+    monkeypatch.setattr(large.passes.weights, "pack", slow_pack)
+    cache = large.new_cache()
+    large.forward([[1, 2, 3]], cache)
+    now[0] += 1
+    large.forward([[1, 2]], cache)
+    assert now[0] == 106 and fast.weights.clock() == 6
 
 
 def test_plain_decoding_packs_nothing(large, cheap):
