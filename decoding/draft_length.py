@@ -29,6 +29,7 @@ class Adaptive:
     MEMORY = 0.95  # of p, a round
     N_TRIALS = 2  # rounds with guesses that are timed before their number is chosen
     RETRY = 16  # rounds without a guess before one is tried again; twice as many after each try that fails
+    # In as many with guesses one more is tried once: what was measured while the machine was busy may be too much.
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class Adaptive:
         self.round_seconds: dict[int, Recent] = {}  # by the number of guesses
         self.n_wanted = 0
         self.n_idle, self.n_retry = 0, self.RETRY  # rounds since a guess was wanted, and until one is tried again
+        self.n_guessed = 0  # rounds with guesses
         self.guesses: list[int] = []
         self.n_before = 0  # length of the text when they were made
         self.asked = 0.0  # when they were asked for
@@ -56,10 +58,12 @@ class Adaptive:
         n = self.n_wanted if can_pay else 0
         if n:
             self.n_retry = self.RETRY
+            self.n_guessed += 1
+            n += self.n_guessed % self.RETRY == 0
         elif can_pay and self.n_idle >= self.n_retry:
             n, self.n_retry = 1, 2 * self.n_retry
         self.n_idle = 0 if n else self.n_idle + 1
-        self.guesses = self.drafter(tokens, min(n, n_max)) if n and not is_first else []
+        self.guesses = self.drafter(tokens, min(n, self.n_max, n_max)) if n and not is_first else []
         self.n_before, self.asked = len(tokens), now
         return self.guesses
 

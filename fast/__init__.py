@@ -11,7 +11,7 @@ from fast.memory import check_memory, keep_freed_memory, room
 from fast.prompts import are_long, in_rows
 from fast.server import find
 from fast.threads import blas, count_threads, forks, team
-from fast.weights import MAX_FEW, Weights, clock, output_matrix
+from fast.weights import MAX_FEW, MIN_GAIN, Weights, clock, output_matrix
 
 if not hasattr(np, "vecdot"):
     raise ImportError(f"NumPy 2.0 or newer is needed, this is {np.__version__}; pip install --upgrade numpy")
@@ -70,4 +70,4 @@ class Passes:
 
     def few_rows_pay(self, n_left: int) -> bool:
         """Whether a pass of few rows can cost little more than one of a single row, with n_left tokens to come."""
-        return not self.is_large or self.weights.pay(n_left)
+        return not self.is_large or self.weights.pays(MIN_GAIN * n_left)

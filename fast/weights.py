@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 import threading
 import time
 from functools import partial
@@ -22,6 +21,7 @@ N_TIMINGS = 5  # of each way
 TRIAL_BYTES = 1 << 27  # packed first, to see how long it takes: more than caches hold
 TYPICAL_STEPS = 8  # of one row, as long as packing takes; 50 and more in memory new to a virtual machine
 MIN_GAIN = 0.4  # steps of one row that packed weights save for each token, at least
+DRAFT_GAIN = 0.15  # of a draft: it reads two rows at once if all guesses were right, and else single rows
 
 
 class Clock:
@@ -95,17 +95,18 @@ class Weights:
 
         Packing waits for the first tokens, which it would delay.
         """
-        n_left = cache.n_ctx - cache.length
+        n_rows, n_left = max(row_counts), cache.n_ctx - cache.length
+        n_saved = n_left * (DRAFT_GAIN if n_rows == 2 and cache.n_batch == 1 else MIN_GAIN)
         with clock.stopped():
-            if not self.is_packed and cache.length and self.has_room and self.pay(n_left):
-                with self.lock: self.pack(max(row_counts), n_left)  # fmt: skip  # noqa: E701  # one line: see Blas.held
+            if not self.is_packed and cache.length and self.has_room and self.pays(n_saved):
+                with self.lock: self.pack(n_rows, n_saved)  # fmt: skip  # noqa: E701  # one line: see Blas.held
             if self.is_packed:
                 for n_rows in row_counts - self.ways.keys():
                     self.choose(n_rows)
 
-    def pay(self, n_left: int) -> bool:
-        """Whether the weights are packed, or n_left tokens to come earn back the time of packing."""
-        return self.is_packed or self.steps_to_pack <= MIN_GAIN * n_left
+    def pays(self, n_saved: float) -> bool:
+        """Whether packed weights cost nothing more, or no more than the n_saved steps of one row that they save."""
+        return self.is_packed or self.steps_to_pack <= n_saved
 
     def choose(self, n_rows: int) -> None:
         """Panels for few rows; for more than MANY what is faster for the multiple of MANY that comes next."""
@@ -135,7 +136,7 @@ class Weights:
     def give_up(self, reason: str) -> None:
         self.has_room, self.steps_to_pack, self.report = False, 0, f"none, {reason}"
 
-    def pack(self, n_rows: int, n_left: int = sys.maxsize) -> None:
+    def pack(self, n_rows: int, n_saved: float = math.inf) -> None:
         """Copy the weights, as the kernel reads them that is fastest for so many rows."""
         if self.is_packed:  # by another thread meanwhile
             return
@@ -152,8 +153,8 @@ class Weights:
             for kernel, piece in zip(kernels, pieces, strict=True)
         ]
         self.steps_to_pack = self.fill(trials[0]) / seconds(streamed, 1, trials[0])
-        if not self.pay(n_left):
-            self.report = f"none, they take {self.steps_to_pack:.0f} steps to pack and {n_left} tokens were to come"
+        if not self.pays(n_saved):
+            self.report = f"none, they take {self.steps_to_pack:.0f} steps to pack and would have saved {n_saved:.0f}"
             return
         for matrices in trials[1:]:
             self.fill(matrices)

@@ -51,3 +51,14 @@ def test_what_slows_a_round_down_once_does_not_switch_speculation_off():
         return 1 + 0.1 * n + 50 * (is_first and n > 0)  # which chooses how to multiply n + 1 rows
 
     assert np.mean(simulate(0.8, 0.02, pass_cost, n_rounds=60)[20:]) > 3
+
+
+def test_a_busy_machine_does_not_decide_the_length_for_ever():
+    n_rounds = [0]
+
+    def pass_cost(n):
+        n_rounds[0] += 1
+        return (1 + 0.02 * n) * (4 if n > 1 and n_rounds[0] < 12 else 1)
+
+    asked = simulate(0.8, 0.1, pass_cost, n_rounds=400)
+    assert np.mean(asked[150:]) > 2.5

@@ -1,6 +1,7 @@
 """Passes by a team of threads: the same numbers, and when weights are packed for them."""
 
 import gc
+import math
 import re
 import weakref
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from console.stats import n_bytes
 from fast import server
 from fast.panels import as_it_lies, streamed
 from fast.threads import blas
-from fast.weights import MIN_GAIN, TYPICAL_STEPS, Weights
+from fast.weights import DRAFT_GAIN, MIN_GAIN, TYPICAL_STEPS, Weights
 
 pytestmark = pytest.mark.skipif(not server.find(), reason="this BLAS has no threads that can be used")
 IDS = np.random.default_rng(0).integers(61, size=(3, 40))
@@ -186,25 +187,32 @@ def test_plain_decoding_packs_nothing(large, cheap):
     assert not is_packed(large)
 
 
-@pytest.mark.parametrize("n_batch", [1, 2])
-def test_a_text_that_is_too_short_packs_nothing(large, cheap, n_batch):
-    n_least = int(TYPICAL_STEPS / MIN_GAIN)
+@pytest.mark.parametrize(("n_batch", "n_new", "gain"), [(1, 2, DRAFT_GAIN), (1, 3, MIN_GAIN), (2, 1, MIN_GAIN)])
+def test_a_text_that_is_too_short_packs_nothing(large, cheap, n_batch, n_new, gain):
+    n_least = math.ceil(TYPICAL_STEPS / gain)
     cache = large.new_cache(n_batch, n_seq=3 + n_least)
     large.forward([[1, 2, 3, 4]] * n_batch, cache)
-    large.forward([[1, 2]] * n_batch, cache)
-    assert not is_packed(large) and not large.passes.few_rows_pay(n_least - 1) and large.passes.few_rows_pay(n_least)
+    large.forward([[1, 2, 3][:n_new]] * n_batch, cache)
+    assert not is_packed(large)
     cache.length = 3
-    large.forward([[1, 2]] * n_batch, cache)
-    assert is_packed(large) and large.passes.few_rows_pay(1)
+    large.forward([[1, 2, 3][:n_new]] * n_batch, cache)
+    assert is_packed(large)
+
+
+def test_guesses_pay_where_packing_does(large, cheap):
+    n_least = int(TYPICAL_STEPS / MIN_GAIN)
+    assert not large.passes.few_rows_pay(n_least - 1) and large.passes.few_rows_pay(n_least)
+    large.passes.pack()
+    assert large.passes.few_rows_pay(1)
 
 
 def test_packing_is_given_up_where_it_takes_too_long(large, monkeypatch):
     monkeypatch.setattr(fast.weights, "seconds_to_fill", lambda matrices, i: 60.0)
     monkeypatch.setattr(fast.weights, "seconds", lambda way, n_rows, matrices: 1.0)
     cache = large.new_cache(n_seq=103)
-    large.forward([[1, 2, 3]], cache)
-    large.forward([[1, 2]], cache)
-    assert not is_packed(large) and "take 60 steps to pack and 100 tokens were to come" in large.passes.weights.report
+    for _ in range(2):
+        large.forward([[1, 2, 3]], cache)
+    assert not is_packed(large) and "take 60 steps to pack and would have saved 40" in large.passes.weights.report
     assert all(matrix.panels is None for matrix in large.passes.weights.matrices)  # nothing keeps their memory
     assert not large.passes.few_rows_pay(149) and large.passes.few_rows_pay(150)
 
