@@ -82,7 +82,7 @@ class DraftModel:
             text += new
 
     def make_room(self, n_seq: int) -> None:
-        """A larger cache. Weights are packed if they pay for the tokens that it has room for: so not all at once."""
+        """A larger cache. Not for all of the context: it would seem that so much text follows, and pays for packing."""
         cache, n = self.model.new_cache(n_seq=n_seq), self.cache.length
         cache.kv[..., :n, :] = self.cache.kv[..., :n, :]
         cache.advance(n)
