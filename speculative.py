@@ -25,6 +25,7 @@ from console.flags import SPECULATIVE, check_speculative, nanogpt_of, sampler_of
 from console.rounds import Recorder, compare_with_plain, write_rounds
 from console.streams import read_prompt
 from decoding.draft_length import Adaptive, common_length
+from decoding.prefill import begun
 from decoding.sampling import Sampler, check, for_text, greedy, is_whole
 from decoding.stopping import slide_of, text_until_end
 from gpt2 import Drafter, Model, generate, load_model
@@ -66,7 +67,8 @@ class DraftModel:
             self.start, n_same = max(0, len(tokens) - n_ctx // 2), 0
         self.cache.length = n_same
         if (n_seq := len(tokens) - self.start + n_guesses - 1) > self.cache.n_ctx:
-            self.make_room(2 * n_seq)
+            # Not room for all of the context: so much text would seem to follow, and to pay for packing.
+            self.cache = begun(self.model.new_cache(n_seq=2 * n_seq), n_same, self.cache.kv)
         self.fed = tokens[self.start :]
         # Its own guesses are text to the draft, as they will be to the target. Few samplers read it: a copy takes time.
         text = list(tokens) if hasattr(self.sample, "for_text") else []
@@ -80,13 +82,6 @@ class DraftModel:
             new = guesses[-1:]
             self.fed += new
             text += new
-
-    def make_room(self, n_seq: int) -> None:
-        """A larger cache. Not for all of the context: it would seem that so much text follows, and pays for packing."""
-        cache, n = self.model.new_cache(n_seq=n_seq), self.cache.length
-        cache.kv[..., :n, :] = self.cache.kv[..., :n, :]
-        cache.advance(n)
-        self.cache = cache
 
     def is_unsure(self, logits: np.ndarray, guess: int) -> bool:
         return float(np.exp(logits - logits[guess]).sum()) * self.min_confidence > 1

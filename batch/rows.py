@@ -13,6 +13,7 @@ import numpy as np
 
 from batch.beside import Beside, Piece
 from decoding.draft_length import common_length
+from decoding.prefill import begun
 from fast import N_TEXTS, check_memory, take_rows
 from gpt2 import KVCache, Model, Seq, decode
 
@@ -21,13 +22,6 @@ N_BESIDE = 1024  # tokens of prompts that are fed in one pass; more gain nothing
 MIN_COMMON = 32  # tokens that prompts begin with alike, for which it pays to compute them apart
 N_KEPT = 8  # of such beginnings, at most
 SHARE_OF_KEPT = 1 / 8  # of the memory for keys and values
-
-
-def begun(cache: KVCache, n_same: int, kv: np.ndarray | None) -> KVCache:
-    """An empty cache's memory, with the first n_same tokens of `kv` in it."""
-    if n_same:
-        cache.kv[..., :n_same, :] = kv[..., :n_same, :]
-    return KVCache(cache.kv, n_same)
 
 
 class Beginnings:

@@ -1,6 +1,14 @@
-"""Prompts of a batch: rows of one length, and what they have in common computed once."""
+"""Caches that hold a beginning already, and prompts of a batch: what they have in common is computed once."""
 
 from collections.abc import Sequence
+
+
+def begun(cache, n_same: int, kv):
+    """`cache`, which is empty, with the first n_same tokens of `kv` in it."""
+    if n_same:
+        cache.kv[..., :n_same, :] = kv[..., :n_same, :]
+        cache.advance(n_same)
+    return cache
 
 
 def left_padded(ids: Sequence[int], n: int) -> list[int]:
