@@ -24,8 +24,8 @@ MIN_GAIN = 0.4  # steps of one row that packed weights save for each token, at l
 DRAFT_GAIN = 0.15  # of a draft: it reads two rows at once if all guesses were right, and else single rows
 
 
-class Clock:
-    """Seconds, without those in which weights are packed and ways to multiply are timed: that is done once."""
+class Clock(threading.local):
+    """Seconds, without those in which this thread packs weights and times ways to multiply: that is done once."""
 
     def __init__(self):
         self.seconds_stopped = 0.0

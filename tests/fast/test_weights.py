@@ -3,6 +3,7 @@
 import gc
 import math
 import re
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -180,6 +181,19 @@ def test_the_clock_stands_still_while_weights_are_packed(large, cheap, monkeypat
     now[0] += 1
     large.forward([[1, 2]], cache)
     assert now[0] == 106 and fast.weights.clock() == 6
+
+
+def test_the_clock_of_a_thread_goes_on_while_another_packs():
+    clock = fast.weights.Clock()
+
+    def pack():
+        with clock.stopped():
+            clock.seconds_stopped += 1000
+
+    before, thread = clock(), threading.Thread(target=pack)
+    thread.start()
+    thread.join()
+    assert clock() >= before and clock.seconds_stopped == 0
 
 
 def test_plain_decoding_packs_nothing(large, cheap):
