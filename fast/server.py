@@ -36,6 +36,10 @@ def call(number):
     calls.pop(number)()
 
 
+def address_of(function) -> int:
+    return cast(function, c_void_p).value
+
+
 class Queue:
     """Memory for n jobs, which OpenBLAS's threads do at once, one of them the caller's.
 
@@ -70,14 +74,15 @@ class Chains:
 
     def __init__(self, layout: tuple[int, int], n: int, n_calls: int, routine: int, execute: int):
         self.calls = Queue(layout, n * n_calls, KERNEL_MODE, routine)
-        self.calls.words[:, layout[0]] = 0
+        self.calls.words[:, layout[0]] = 0  # each call is the only job of its queue
         self.args = self.calls.args.reshape(n, n_calls, N_ARGS)
         self.jobs = Queue(layout, n, LOOP_MODE, numpy_loop())
         self.address, stride = self.jobs.address, self.calls.n_bytes
-        first = self.calls.address + n_calls * stride * np.arange(n)
-        self.jobs.args[:, :5] = np.stack(np.broadcast_arrays(first, first, n_calls, 0, stride), axis=1)
-        args = self.jobs.words[:, ARGS]
-        self.jobs.words[:, ARGS + 1 : ARGS + 4] = np.stack(np.broadcast_arrays(args + 16, args + 24, execute), axis=1)
+        first, args = self.calls.address + n_calls * stride * np.arange(n), self.jobs.words[:, ARGS]
+        for i, word in enumerate((first, first, n_calls, 0, stride)):  # two args, a dimension, two steps
+            self.jobs.args[:, i] = word
+        for i, word in enumerate((args + 16, args + 24, execute), ARGS + 1):  # where the last two lie, the function
+            self.jobs.words[:, i] = word
 
 
 class Server(threading.local):
@@ -137,7 +142,7 @@ class Server(threading.local):
 
         # More jobs than threads would wait for ever: OpenBLAS wakes threads that sleep when it has handed out all.
         n, ours = min(len(works), self.n_threads) - 1, []
-        queue = self.memory(Queue, n, PYTHON_MODE, cast(call, c_void_p).value)
+        queue = self.memory(Queue, n, PYTHON_MODE, address_of(call))
         try:
             for i in range(n):
                 ours.append(next(numbers))
@@ -183,14 +188,14 @@ def arrive(server: Server) -> bool:
             args[[A, C, ALPHA, M, N, K, B, LDC]] = x, y, addressof(ONE), m, n_columns, depth, panels, stride
         return expected
 
-    call, loop = (cast(note, c_void_p).value for note in (note_call, note_loop))
     for n in range(1, 1 + n_most):
-        calls, loops = Queue(server.layout, n, KERNEL_MODE, call), Queue(server.layout, n, LOOP_MODE, loop)
+        calls = Queue(server.layout, n, KERNEL_MODE, address_of(note_call))
+        loops = Queue(server.layout, n, LOOP_MODE, address_of(note_loop))
         loops.words[:, ARGS + 1 : ARGS + 4] = 7, 8, 9
         expected = [[args, 7, 8, 9] for args in loops.words[:, ARGS].tolist()]
         if not (are_right(calls, set_args(calls)) and are_right(loops, expected)):
             return False
-    chains = Chains(server.layout, n_most, 3, call, server.address)
+    chains = Chains(server.layout, n_most, 3, address_of(note_call), server.address)
     return are_right(chains.jobs, set_args(chains.calls))
 
 

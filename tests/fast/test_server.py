@@ -121,7 +121,7 @@ def test_a_kernel_that_computes_something_else_is_not_used(argument, kernel, mon
 @pytest.mark.parametrize("layout", [(8, 20), (9, 21), (8, 21), (9, 20), (10, 22), (11, 12)])
 def test_jobs_arrive_with_the_layout_of_this_library_alone(layout):
     right = server.find()
-    pointers = [ctypes.cast(function, ctypes.c_void_p).value for function in (right.execute, right.start, right.wait)]
+    pointers = [server.address_of(function) for function in (right.execute, right.start, right.wait)]
     other = server.Server(right.kernels, layout, *pointers, ctypes.addressof(right.n_started))
     assert server.arrive(other) == (layout == right.layout)
 
