@@ -21,7 +21,8 @@ class Adaptive:
 
     A round with n guesses, each right with probability p, makes (1 - p^(n+1)) / (1 - p) tokens on average and costs the
     drafter's time and a pass of the target over n + 1 rows. The n with the most tokens a second is asked for, 0 if none
-    beats plain decoding; then a guess is tried again from time to time, since texts change.
+    beats plain decoding; then a guess is tried again from time to time, since texts change. With guesses, too, one more
+    is tried in every RETRY rounds: what was measured while the machine was busy may be too much.
 
     `pays`: whether checking guesses can pay at all with so many tokens to come (Passes.few_rows_pay).
     """
@@ -29,7 +30,6 @@ class Adaptive:
     MEMORY = 0.95  # of p, a round
     N_TRIALS = 2  # rounds with guesses that are timed before their number is chosen
     RETRY = 16  # rounds without a guess before one is tried again; twice as many after each try that fails
-    # In as many with guesses one more is tried once: what was measured while the machine was busy may be too much.
 
     def __init__(
         self,
