@@ -50,8 +50,10 @@ def layer_norm(x, g, b, eps=1e-5):  # [..., n_embd] -> [..., n_embd]
     return x
 
 
-def matmul(x, w):  # [..., n_in] @ [n_in, n_out] -> [..., n_out], one product for all texts of a batch
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])
+def matmul(x, w):  # [n_batch, ..., n_in] @ [n_in, n_out] -> [n_batch, ..., n_out]
+    if len(x) == 1:
+        return x @ w
+    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[1])  # one product for all texts
 
 
 def linear(x, w, b):  # [..., n_in] -> [..., n_out]

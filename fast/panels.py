@@ -33,8 +33,9 @@ class Matrix:
         self.kernel = self.panels = self.jobs = None
         self.parts: list[slice] = []  # of the panels, one for each thread
 
-    def __rmatmul__(self, x):  # [n_rows, n_in] -> [n_rows, n_out]
-        return self.ways.get(len(x), as_it_lies)(x, self)
+    def __rmatmul__(self, x):  # [..., n_in] -> [..., n_out]
+        rows = x.reshape(-1, x.shape[-1])
+        return self.ways.get(len(rows), as_it_lies)(rows, self).reshape(*x.shape[:-1], self.shape[1])
 
     def use(self, kernel, panels, n_threads: int) -> None:  # of panels_shape(w, kernel)
         self.kernel, self.panels = kernel, panels
