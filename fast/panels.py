@@ -17,6 +17,7 @@ from fast.threads import N_PYTHON, cut, team
 
 N_SIDE_BY_SIDE = 6  # panels that a kernel reads at once, or a divisor of it
 MAX_DEEP = 64  # pieces of a panel
+MAX_UNPACKED = 10**6  # multiplications; with AVX-512, OpenBLAS packs nothing for so many: sgemm_small_kernel_permit
 N_TURNED = 2048  # columns of a result, which stay in the cache while they are turned: of 32 x 50257 in 2.5 ms, not 4.3
 
 
@@ -84,6 +85,15 @@ def as_it_lies(x, matrix):  # as streamed, of w itself; for so many rows that pa
     out = np.empty((len(x), matrix.shape[1]), np.float32)  # by columns: prompts of 140 tokens take 0.93 of the time
     columns = team.cut(matrix.shape[1], 64)
     team.run([partial(np.matmul, x, matrix.w[:, some], out=out[:, some]) for some in columns])
+    return out
+
+
+def unpacked(x, matrix):  # as streamed, of w itself, by so few columns that OpenBLAS need not pack them
+    out = np.empty((len(x), matrix.shape[1]), np.float32)
+    n_columns = max(64, MAX_UNPACKED // x.size // 64 * 64)
+    for start in range(0, matrix.shape[1], n_columns):
+        some = slice(start, start + n_columns)
+        np.matmul(x, matrix.w[:, some], out=out[:, some])
     return out
 
 

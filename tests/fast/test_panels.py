@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 
 from fast import times_transposed
-from fast.panels import Matrix, as_it_lies, panels_shape, streamed
+from fast.panels import Matrix, as_it_lies, panels_shape, streamed, unpacked
 from fast.server import find
 from gpt2 import matmul
 
 SHAPES = [(768, 1152), (3072, 768), (1600, 100), (64, 72), (97, 101), (1, 14), (7, 1)]  # n_in, n_out
 ROWS = [1, 2, 3, 5, 8, 16, 33, 64]
 KERNELS = list(find().kernels) if find() else []
-WAYS = [(streamed, kernel) for kernel in KERNELS] + [(as_it_lies, kernel) for kernel in KERNELS[:1]]
+WAYS = [(streamed, kernel) for kernel in KERNELS]
+WAYS += [(way, kernel) for way in (as_it_lies, unpacked) for kernel in KERNELS[:1]]
 pytestmark = pytest.mark.skipif(not find(), reason="this BLAS has no kernel that can be used")
 
 
