@@ -72,7 +72,9 @@ def attention_scores(q, k, padding):  # [..., n_rows, d_head], [..., n_seq, d_he
     scores = times_transposed(q * d_head**-0.5, k)
     if n_rows > 1:
         scores[..., -n_rows:] += causal_mask(n_rows)
-    return scores if padding is None else scores + padding
+    if padding is not None:
+        scores += padding
+    return scores
 
 
 @tiled
@@ -135,6 +137,8 @@ class KVCache:
         self.kv, self._length = kv, length
         self.n_pad = np.array(n_pad if len(n_pad) else [0] * self.n_batch)
         self.is_padded = bool(self.n_pad.any())
+        padding = np.where(np.arange(self.n_ctx) < self.n_pad[:, None], np.float32(MASKED), np.float32(0))
+        self.mask = padding[:, None, None]  # [n_batch, 1, 1, n_ctx]
 
     @property
     def length(self) -> int:
@@ -162,9 +166,7 @@ class KVCache:
         return attend(q, k, v, self.padding(k.shape[2]))
 
     def padding(self, n_seq):  # -> None or [n_batch, 1, 1, n_seq]
-        if not self.is_padded:
-            return None
-        return np.where(np.arange(n_seq) < self.n_pad[:, None], np.float32(MASKED), np.float32(0))[:, None, None]
+        return self.mask[..., :n_seq] if self.is_padded else None
 
     def note(self, x: np.ndarray) -> None:
         """What goes into each layer passes here, and what comes out of the last, for caches that look (analysis/)."""

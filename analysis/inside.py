@@ -35,9 +35,6 @@ class Trace(KVCache):
     def note(self, x):
         self.hidden.append(x.copy())
 
-    def share(self, heads):
-        raise ValueError("a Trace looks at whole layers, not at a share of the heads: forward(..., plainly=True)")
-
 
 def look_inside(model: Model, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """(hidden states float32[n_layer + 1, n_seq, n_embd], attention weights float32[n_layer, n_head, n_seq, n_seq])."""

@@ -77,7 +77,7 @@ def tiled(attend):
             n_heads = max(1, N_SCORES // (N_QUERIES * seen.stop))
             for row, head in product(range(n_batch), range(0, n_head, n_heads)):
                 heads = row, slice(head, head + n_heads)
-                mask = None if padding is None else padding[heads][..., seen]
+                mask = None if padding is None else padding[row, ..., seen]
                 out[heads][:, rows] = attend(q[heads][:, rows], k[heads][:, seen], v[heads][:, seen], mask)
         return out
 
@@ -88,18 +88,19 @@ def tiled(attend):
 
     @wraps(attend)
     def in_shares(q, k, v, padding=None):
-        if padding is not None:
-            padding = np.broadcast_to(padding, (*q.shape[:2], 1, k.shape[-2]))
         n_rows = max(4, q.shape[-2])  # reading the keys takes as long as 4
         if team.n_threads == 1 or n_rows * k.size < N_SHARED_PRODUCTS:
             return of_few_or_many(q, k, v, padding)
         out = np.empty_like(q)
 
-        def share(part):
-            out[part] = of_few_or_many(*(x if x is None else x[part] for x in (q, k, v, padding)))
+        def share(texts, heads=slice(None)):
+            part = texts, heads
+            out[part] = of_few_or_many(q[part], k[part], v[part], None if padding is None else padding[texts])
 
-        texts = () if len(q) >= N_TEXTS_SHARED else (slice(None),)  # all of them, and some of the heads
-        team.run([partial(share, (*texts, part)) for part in team.cut(q.shape[len(texts)])])
+        if len(q) >= N_TEXTS_SHARED:
+            team.run([partial(share, texts) for texts in team.cut(len(q))])
+        else:
+            team.run([partial(share, slice(None), heads) for heads in team.cut(q.shape[1])])
         return out
 
     return in_shares
