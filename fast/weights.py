@@ -70,6 +70,7 @@ class Weights:
 
     def __init__(self, params: dict):
         self.ways: dict = {}  # by the number of rows; as they lie, where there is none
+        self.times: dict = {}  # of each way in seconds, by the number of rows that is timed
         self.matrices: list[Matrix] = []  # four of each layer, then the output's
         blocks = [self.with_matrices(block) for block in params["blocks"]]
         self.params = params | {"blocks": blocks, "lm_head": self.matrix(output_matrix(params))}
@@ -101,7 +102,7 @@ class Weights:
             if not self.is_packed and cache.length and self.has_room and self.pays(n_saved):
                 with self.lock: self.pack(n_rows, n_saved)  # fmt: skip  # noqa: E701  # one line: see Blas.held
             if self.is_packed:
-                for n_rows in row_counts - self.ways.keys():
+                for n_rows in row_counts:
                     self.choose(n_rows)
 
     def pays(self, n_saved: float) -> bool:
@@ -109,16 +110,17 @@ class Weights:
         return self.is_packed or self.steps_to_pack <= n_saved
 
     def choose(self, n_rows: int) -> None:
-        """Panels for few rows; for more than MANY what is faster for the multiple of MANY that comes next."""
-        n_timed = next_multiple(n_rows)
-        if n_timed == MANY:
-            self.ways[n_timed] = streamed
-        if n_timed not in self.ways:
-            times: dict = {streamed: [], as_it_lies: []}
-            for way in [*times] * N_TIMINGS:  # each on a layer that is in no cache
-                times[way].append(seconds(way, n_timed, self.matrices[next(self.layers)]))
-            self.ways[n_timed] = min(times, key=lambda way: np.median(times[way]))
-        self.ways[n_rows] = self.ways[n_timed]
+        """Panels for few rows; for more than MANY what is faster for the multiple of MANY that comes next.
+
+        Each of the first passes times both ways once: a busy moment is longer than all the timings.
+        """
+        n_timed, self.ways[n_rows] = next_multiple(n_rows), streamed
+        if n_rows > MANY:
+            times = self.times.setdefault(n_timed, {streamed: [], as_it_lies: []})
+            if len(times[streamed]) < N_TIMINGS:
+                for way, known in times.items():  # each on a layer that is in no cache
+                    known.append(seconds(way, n_timed, self.matrices[next(self.layers)]))
+            self.ways[n_rows] = min(times, key=lambda way: sorted(times[way])[len(times[way]) // 2])
 
     def fill(self, matrices: list[Matrix]) -> float:
         """Copy these into their panels; the time it takes in seconds."""
