@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from console.errors import fail
-from console.stats import noted, peak_memory_gb
+from console.stats import peak_memory_gb
 from console.streams import write_text
 from decoding.draft_length import common_length
 from decoding.sampling import Sampler, for_text
@@ -25,14 +25,21 @@ class Recorder:
     def __init__(self, drafter: Callable[[list[int], int], list[int]]):
         self.drafter = drafter
         self.rounds: list[tuple[int, list[int]]] = []  # (how long the text was, the guesses)
-        self.draft_seconds = self.seconds = 0.0
+        self.draft_seconds = 0.0
+        self.seconds = 0.0  # until the text is complete, without those in which it is written
         self.ids: list[int] = []  # of the text
         self.n_prompt = 0
         self.ticks: list[float] = []  # the times of the text's beginning and of each new token
 
     def watch(self, prompt_ids: Sequence[int], ids: Iterator[int]) -> Iterator[int]:
         self.ids, self.n_prompt, self.ticks = list(prompt_ids), len(prompt_ids), [time.perf_counter()]
-        return noted(ids, self.ids.append, lambda _: self.ticks.append(time.perf_counter()))
+        started = self.ticks[0]
+        for i in ids:
+            self.ids.append(i)
+            self.ticks.append(time.perf_counter())
+            self.seconds += self.ticks[-1] - started
+            yield i
+            started = time.perf_counter()
 
     def __call__(self, tokens: list[int], n_max: int) -> list[int]:
         started = time.perf_counter()
@@ -120,7 +127,6 @@ def write_rounds(options, texts: Iterator[str], recorder: Recorder, target) -> N
         texts = painted(texts, recorder)
         print("  ".join(f"\033[{colour}m{origin}\033[0m" for origin, colour in COLOURS.items()), file=sys.stderr)
     write_text(texts)
-    recorder.seconds = time.perf_counter() - recorder.ticks[0]
     if options.stats or options.json:
         summary = summarize(recorder, target)
         lines = [json_format.dumps(summary)] if options.json else [f"{k:26} {v}" for k, v in summary.items()]

@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from drafting import PAIR
 from helpers import MODELS, ROOT, run_here
 
-from console.rounds import compare_with_plain
+from console import rounds
+from console.rounds import Recorder, compare_with_plain
 from decoding.sampling import greedy, make_sampler
 from gpt2 import generate
 
@@ -46,6 +48,21 @@ def test_verify_exits_with_1_at_a_difference(monkeypatch, tiny, capsys):
     with pytest.raises(SystemExit) as e:
         compare_with_plain(partial(generate, target, prompt), greedy, ids, 1.0)
     assert e.value.code == 1 and "the texts differ at token 7" in capsys.readouterr().err
+
+
+def test_a_slow_reader_of_the_text_does_not_slow_it_down(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def generated():
+        for i in range(5):
+            now[0] += 1
+            yield i
+
+    recorder = Recorder(lambda tokens, n_max: [])
+    for _ in recorder.watch([7], generated()):
+        now[0] += 10
+    assert recorder.seconds == 5 and recorder.ids == [7, 0, 1, 2, 3, 4]
 
 
 def test_json_is_one_object_on_stderr():
