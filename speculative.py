@@ -182,6 +182,8 @@ def main(options):
     prompt_ids = encoder.encode_prompt(prompt)
     slide_by = slide_of(options.overflow, options.slide_by, target.hparams["n_ctx"])
     complete = partial(generate, target, prompt_ids, slide_by=slide_by)
+    if options.verify:  # the first pass reads the weights into memory, and would count as speculation's
+        target.forward([prompt_ids[:1]], target.new_cache(n_seq=1))
     ids = recorder.watch(prompt_ids, complete(options.n_tokens_to_generate, sample, recorder))
     write_rounds(options, text_until_end(encoder, ids, options.stop, options.ignore_eot), recorder, target)
     if options.verify:
