@@ -9,7 +9,7 @@ from fast.memory import room
 from fast.threads import team
 
 N_PIECE = 1 << 15  # numbers, 128 kB: a formula and its temporaries stay in an L2 cache of 512 kB
-N_SHARED_PRODUCTS = 1 << 21  # of a query's number and a key's, from which two threads are faster than one
+N_SHARED_PRODUCTS = 1 << 22  # of a query's number and a key's, from which two threads are faster than one
 N_TEXTS_SHARED = 8  # texts from which each thread takes some of them; of fewer it takes some of the heads
 N_FEW = 16  # queries that are attended at once, whatever the number of keys
 N_TEXTS = 32  # of a padded batch, attended at once without the padding that all of them have
