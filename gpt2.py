@@ -136,9 +136,10 @@ class KVCache:
         _, _, self.n_batch, self.n_head, self.n_ctx, self.d_head = kv.shape
         self.kv, self._length = kv, length
         self.n_pad = np.array(n_pad if len(n_pad) else [0] * self.n_batch)
-        self.is_padded = bool(self.n_pad.any())
-        padding = np.where(np.arange(self.n_ctx) < self.n_pad[:, None], np.float32(MASKED), np.float32(0))
-        self.mask = padding[:, None, None]  # [n_batch, 1, 1, n_ctx]
+        self.mask = None  # or [n_batch, 1, 1, n_ctx]
+        if self.n_pad.any():
+            is_pad = np.arange(self.n_ctx) < self.n_pad[:, None]
+            self.mask = np.where(is_pad, np.float32(MASKED), np.float32(0))[:, None, None]
 
     @property
     def length(self) -> int:
@@ -152,7 +153,9 @@ class KVCache:
 
     def positions(self, n_new):  # -> a slice or int[n_batch, n_new]: the rows of wpe for the new tokens
         start, stop = self._length, self._length + n_new
-        return np.maximum(0, np.arange(start, stop) - self.n_pad[:, None]) if self.is_padded else slice(start, stop)
+        if self.mask is None:
+            return slice(start, stop)
+        return np.maximum(0, np.arange(start, stop) - self.n_pad[:, None])
 
     def append(self, layer, kv):  # [2, n_batch, n_head, n_new, d_head] -> [2, n_batch, n_head, n_seq, d_head]
         """Store a layer's keys and values of the new tokens, return all it has; `advance` counts them, once."""
@@ -166,7 +169,7 @@ class KVCache:
         return attend(q, k, v, self.padding(k.shape[2]))
 
     def padding(self, n_seq):  # -> None or [n_batch, 1, 1, n_seq]
-        return self.mask[..., :n_seq] if self.is_padded else None
+        return None if self.mask is None else self.mask[..., :n_seq]
 
     def note(self, x: np.ndarray) -> None:
         """What goes into each layer passes here, and what comes out of the last, for caches that look (analysis/)."""
