@@ -5,14 +5,19 @@ import numpy as np
 from decoding.draft_length import Adaptive
 
 
-def simulate(p, draft_cost, pass_cost, n_rounds=200):
-    """The lengths asked for when guesses are right with probability p, on a clock of its own."""
-    now, rng, asked = [0.0], np.random.default_rng(0), []
+def simulate(p, draft_cost, pass_cost, n_rounds=200, p_unsure=0.0):
+    """The lengths asked for, on a clock of its own.
+
+    Guesses are right with probability p. With p_unsure, the drafter is not sure of one, which is wrong and its last.
+    """
+    now, rng, asked, n_sure = [0.0], np.random.default_rng(0), [], [0]
 
     def drafter(tokens, n_max):
-        now[0] += draft_cost * n_max
         asked[-1] = n_max
-        return [1] * n_max
+        n_sure[0] = next((i for i in range(n_max) if rng.random() < p_unsure), n_max)
+        n_guesses = min(n_sure[0] + 1, n_max)
+        now[0] += draft_cost * n_guesses
+        return [1] * n_guesses
 
     adaptive = Adaptive(drafter, 10, clock=lambda: now[0])
     tokens = [0] * 5
@@ -20,7 +25,7 @@ def simulate(p, draft_cost, pass_cost, n_rounds=200):
         asked.append(0)
         guesses = adaptive(tokens, 10)
         now[0] += pass_cost(len(guesses))
-        n_right = next((i for i in range(len(guesses)) if rng.random() >= p), len(guesses))
+        n_right = next((i for i in range(len(guesses)) if i == n_sure[0] or rng.random() >= p), len(guesses))
         tokens = tokens + [1] * n_right + [2]
     return asked
 
@@ -28,6 +33,11 @@ def simulate(p, draft_cost, pass_cost, n_rounds=200):
 def test_length_grows_when_guesses_are_right_and_cheap():
     asked = simulate(0.98, 0.01, lambda n: 1 + 0.02 * n)
     assert np.mean(asked[50:]) > 8
+
+
+def test_guesses_cost_nothing_where_the_drafter_is_not_sure_of_them():
+    asked = simulate(0.98, 0.25, lambda n: 1 + 0.15 * n, p_unsure=0.3)
+    assert np.mean(asked[50:]) > 8  # if all were made, one would pay best
 
 
 def test_length_shrinks_when_guesses_are_wrong():
