@@ -24,13 +24,13 @@ class Kernel(NamedTuple):
     width: int  # columns of w that lie side by side
     n_lanes: int  # rows of x that do
     n_rows: int  # of x in one call, at most
-    max_depth: int  # of a panel
+    max_depth: int  # of a panel; with deeper ones passes would be less exact than plain products
 
 
 ANY = 1 << 20
 LEFT = Kernel("sgemm_kernel_HASWELL", is_left=True, width=8, n_lanes=4, n_rows=8, max_depth=128)
-LEFT_DEEP = LEFT._replace(max_depth=384)  # plain products round as much where there is AVX-512
-RIGHT = Kernel("sgemm_kernel_HASWELL", is_left=False, width=4, n_lanes=8, n_rows=ANY, max_depth=800)
+LEFT_DEEP = LEFT._replace(max_depth=384)  # where plain products use AVX-512, and round more
+RIGHT = Kernel("sgemm_kernel_HASWELL", is_left=False, width=4, n_lanes=8, n_rows=ANY, max_depth=128)
 RIGHT_512 = Kernel("sgemm_kernel_SKYLAKEX", is_left=False, width=4, n_lanes=16, n_rows=ANY, max_depth=400)
 # By OpenBLAS's names of processors that have AVX2, the last three AVX-512. Which is faster is timed (weights.py).
 KERNELS = {

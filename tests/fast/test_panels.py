@@ -51,6 +51,17 @@ def expected(n_rows, *shape):
     return exact, error(x @ w, exact)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (1600, 640), (6400, 320)], ids=str)
+def test_panels_are_no_deeper_than_plain_products_are_exact(kernel, shape):
+    x, w = arrays(8, *shape)
+
+    def deviation(y):
+        return np.sqrt(np.mean((y - exactly(x, w)) ** 2))
+
+    assert deviation(x @ packed(w, streamed, kernel, 1)) < 1.1 * deviation(x @ w)  # 2.1 if 800 deep
+
+
 @pytest.mark.parametrize(("way", "kernel"), WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
