@@ -41,8 +41,8 @@ class Adaptive:
         clock=clock,  # on which packing weights takes no time
     ):
         self.drafter, self.n_max, self.pays, self.clock = drafter, n_max, pays, clock
-        # Guesses, and rounds in which fewer than wanted were right, as if three of four had been; were made.
-        self.n_right, self.n_wrong, self.n_more, self.n_unsure = 3.0, 1.0, 1.0, 0.0
+        self.n_right, self.n_wrong = 3.0, 1.0  # guesses, and rounds in which not all that were asked for were right
+        self.n_more, self.n_unsure = 1.0, 0.0  # guesses after the first, and rounds in which fewer were made
         self.round_seconds: dict[int, Recent] = {}  # by the number of guesses
         self.n_wanted = 0
         self.n_idle, self.n_retry = 0, self.RETRY  # rounds since a guess was wanted, and until one is tried again
