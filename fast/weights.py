@@ -114,13 +114,14 @@ class Weights:
 
         Each of the first passes times both ways once: a busy moment is longer than all the timings.
         """
-        n_timed, self.ways[n_rows] = next_multiple(n_rows), streamed
+        n_timed, way = next_multiple(n_rows), streamed
         if n_rows > MANY:
             times = self.times.setdefault(n_timed, {streamed: [], as_it_lies: []})
             if len(times[streamed]) < N_TIMINGS:
                 for way, known in times.items():  # each on a layer that is in no cache
                     known.append(seconds(way, n_timed, self.matrices[next(self.layers)]))
-            self.ways[n_rows] = min(times, key=lambda way: sorted(times[way])[len(times[way]) // 2])
+            way = min(times, key=lambda way: sorted(times[way])[len(times[way]) // 2])
+        self.ways[n_rows] = way
 
     def fill(self, matrices: list[Matrix]) -> float:
         """Copy these into their panels; the time it takes in seconds."""
