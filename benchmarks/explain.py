@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 
 import numpy as np
@@ -183,9 +184,11 @@ def table_gelu() -> Callable:
     return lambda x: table[x.astype(np.float16).view(np.uint16)]
 
 
-def with_other_gelu(fed, n_prompt, model, n_rows, gelu):  # -> [n_vocab]
-    with replaced({"gelu": gelu}):
-        return with_this_program(fed, n_prompt, model, n_rows)
+def with_activation(model: gpt2.Model, activation: Callable) -> gpt2.Model:
+    """The same model, packed weights included, with another activation."""
+    model = copy(model)
+    model.gpt2 = partial(model.gpt2, activation=activation)
+    return model
 
 
 def ablation(model_size: str = "random:124M", models_dir: str | None = None, *, n_prompt=96, n_tokens=26):
@@ -203,7 +206,7 @@ def ablation(model_size: str = "random:124M", models_dir: str | None = None, *, 
         (
             "(GELU from a table of float16 values)",
             3,
-            partial(with_other_gelu, model=model, n_rows=5, gelu=table_gelu()),
+            partial(with_this_program, model=with_activation(model, table_gelu()), n_rows=5),
         ),
     )
     reference = plain_forward(fed, exact, n_head, every_row=False)[-1]

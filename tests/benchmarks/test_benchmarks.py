@@ -116,7 +116,7 @@ def test_ablation_gives_the_same_logits_by_every_stage(tmp_path):
     rows = table(tmp_path, "ablation", "--model_size", "nano", "--n_prompt", "8", "--n_tokens", "9")
     assert len(rows) == 7 and rows[0]["stage"] == "recompute everything, float64"
     assert all(float(row["largest_error"]) < 1e-4 for row in rows[:-1])
-    assert float(rows[-1]["largest_error"]) < 1e-1  # float16 values
+    assert 1e-5 < float(rows[-1]["largest_error"]) < 1e-1  # float16 values
 
 
 def test_prefill_compares_outputs_with_the_peers(tmp_path):
