@@ -149,7 +149,7 @@ def check_vocabularies(target: Model, draft: Model) -> None:
 # The command line
 # ----------------------------------------------------------------------------------------------------------------------
 
-MIN_CONFIDENCE = 0.1  # rarer guesses are right too seldom: 1.62 times plain decoding with it, 1.5 without
+MIN_CONFIDENCE = 0.1  # rarer guesses are right too seldom: 1.32 times plain decoding with it, 1.22 without (embedded)
 MAX_DRAFT = 10
 
 
