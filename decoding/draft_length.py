@@ -96,8 +96,8 @@ class Adaptive:
         m = self.n_more / (self.n_more + self.n_unsure)
         seconds = self.predicted_seconds()
         added = (m**i * (after - before) for i, (before, after) in enumerate(pairwise(seconds)))
-        tokens, seconds = accumulate(p**n for n in range(self.n_max + 1)), accumulate(added, initial=seconds[0])
-        rates = [n_tokens / t for n_tokens, t in zip(tokens, seconds, strict=True)]
+        tokens, times = accumulate(p**n for n in range(self.n_max + 1)), accumulate(added, initial=seconds[0])
+        rates = [n_tokens / time for n_tokens, time in zip(tokens, times, strict=True)]
         return rates.index(max(rates))
 
     def predicted_seconds(self) -> list[float]:  # n_max + 1
