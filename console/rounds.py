@@ -26,20 +26,23 @@ class Recorder:
         self.drafter = drafter
         self.rounds: list[tuple[int, list[int]]] = []  # (how long the text was, the guesses)
         self.draft_seconds = 0.0
-        self.seconds = 0.0  # until the text is complete, without those in which it is written
         self.ids: list[int] = []  # of the text
         self.n_prompt = 0
-        self.ticks: list[float] = []  # the times of the text's beginning and of each new token
+        self.ticks: list[float] = []  # of the text's beginning and of each new token, without the time of writing them
 
     def watch(self, prompt_ids: Sequence[int], ids: Iterator[int]) -> Iterator[int]:
         self.ids, self.n_prompt, self.ticks = list(prompt_ids), len(prompt_ids), [time.perf_counter()]
-        started = self.ticks[0]
+        written = 0.0  # seconds
         for i in ids:
             self.ids.append(i)
-            self.ticks.append(time.perf_counter())
-            self.seconds += self.ticks[-1] - started
+            stopped = time.perf_counter()
+            self.ticks.append(stopped - written)
             yield i
-            started = time.perf_counter()
+            written += time.perf_counter() - stopped
+
+    @property
+    def seconds(self) -> float:
+        return self.ticks[-1] - self.ticks[0]
 
     def __call__(self, tokens: list[int], n_max: int) -> list[int]:
         started = time.perf_counter()
@@ -92,7 +95,7 @@ def summarize(recorder: Recorder, target) -> dict:
     ticks, n_new = recorder.ticks, len(recorder.ids) - recorder.n_prompt
     n_guessed = sum(len(guesses) for _, guesses in recorder.rounds)
     n_rounds, n_accepted = len(recorder.rounds), recorder.n_accepted()
-    seconds, plain = ticks[-1] - ticks[0], one_row_seconds(target)
+    seconds, plain = recorder.seconds, one_row_seconds(target)
     summary = {
         "tokens": n_new,
         "rounds": n_rounds,

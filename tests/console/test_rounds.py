@@ -63,6 +63,7 @@ def test_a_slow_reader_of_the_text_does_not_slow_it_down(monkeypatch):
     for _ in recorder.watch([7], generated()):
         now[0] += 10
     assert recorder.seconds == 5 and recorder.ids == [7, 0, 1, 2, 3, 4]
+    assert recorder.ticks == [0, 1, 2, 3, 4, 5]  # which --stats reads
 
 
 def test_json_is_one_object_on_stderr():
