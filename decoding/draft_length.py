@@ -104,7 +104,7 @@ class Adaptive:
         """A round's time by its guesses: what was measured, between and beyond a straight line."""
         known = self.timed()
         times = [self.round_seconds[n].least for n in known]
-        slope = max(0.0, (times[-1] - times[0]) / max(1, known[-1]))
+        slope = max(0.0, (times[-1] - times[0]) / known[-1])
         known, times = [*known, self.n_max + 1], [*times, times[-1] + slope * (self.n_max + 1 - known[-1])]
         seconds = []
         for (n, n_next), (t, t_next) in zip(pairwise(known), pairwise(times), strict=True):
