@@ -67,7 +67,7 @@ class Adaptive:
             n, self.n_retry = 1, 2 * self.n_retry
         self.n_idle = 0 if n else self.n_idle + 1
         self.n_asked = min(n, self.n_max, n_max)
-        self.guesses = self.drafter(tokens, self.n_asked) if self.n_asked and not is_first else []
+        self.guesses = self.drafter(tokens, self.n_asked)[: self.n_asked] if self.n_asked and not is_first else []
         self.n_before, self.asked = len(tokens), now
         return self.guesses
 

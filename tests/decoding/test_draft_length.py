@@ -1,5 +1,7 @@
 """The adaptive draft length finds what pays, on simulated rounds."""
 
+from itertools import count
+
 import numpy as np
 
 from decoding.draft_length import Adaptive
@@ -72,3 +74,12 @@ def test_a_busy_machine_does_not_decide_the_length_for_ever():
 
     asked = simulate(0.8, 0.1, pass_cost, n_rounds=400)
     assert np.mean(asked[150:]) > 2.5
+
+
+def test_more_guesses_than_were_asked_for_are_left_out():
+    adaptive, tokens = Adaptive(lambda tokens, n_max: [1] * 20, 4, clock=count().__next__), [0]
+    for _ in range(30):
+        guesses = adaptive(tokens, 10)
+        assert len(guesses) <= 4
+        tokens = tokens + guesses + [1]
+    assert len(guesses) == 4
